@@ -1,0 +1,1 @@
+"""Featherweight: make a trained network cheaper to run, and prove that it still does its job."""

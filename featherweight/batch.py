@@ -1,0 +1,132 @@
+"""What goes into a model and what comes out: positional or keyword inputs, moved, measured and described."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from featherweight.errors import TaskError
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: positional arguments, usually tensors.
+        kwargs: keyword arguments, usually tensors.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, nested ones included, in order."""
+        return tensors_in((self.args, dict(self.kwargs)))
+
+    def on(self, model: nn.Module) -> Inputs:
+        """The same inputs on the model's device, floating-point ones in the model's floating-point type."""
+        device, dtype = device_of(model), dtype_of(model)
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype)
+
+        args, kwargs = pytree.tree_map(move, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs)
+
+    def into(self, model: nn.Module) -> Any:
+        """The model's answer to these inputs, as they are."""
+        return model(*self.args, **self.kwargs)
+
+    @property
+    def batch_size(self) -> int:
+        """The length of the first tensor's first dimension; 1 where there is none."""
+        first = next((t for t in self.tensors() if t.ndim), None)
+        return 1 if first is None else first.shape[0]
+
+    def __str__(self) -> str:
+        named = [describe(a) for a in self.args] + [f"{k}={describe(v)}" for k, v in self.kwargs.items()]
+        return ", ".join(named) or "nothing"
+
+
+def as_inputs(batch: Any, like: Inputs | None = None) -> Inputs:
+    """One call's inputs out of what a user or a loader gives.
+
+    A tensor is one positional argument, a tuple or list several, a mapping keyword arguments.
+    With `like` (the task's example), a loader's extras are left out: of a tuple the leading elements that the
+    example has too, of a mapping the example's keys; so a loader of (images, labels) serves as it is.
+
+    Raises:
+        TaskError: the batch holds fewer inputs, or other keys, than the example.
+    """
+    if isinstance(batch, Inputs):
+        return batch
+    if isinstance(batch, Mapping):
+        if like is None:
+            return Inputs((), dict(batch))
+        if missing := [k for k in like.kwargs if k not in batch]:
+            raise TaskError(f"a batch has the keys {sorted(batch)} but the example needs {missing} too")
+        return Inputs((), {k: batch[k] for k in like.kwargs})
+    given = tuple(batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else (batch,)
+    if like is None:
+        return Inputs(given, {})
+    if like.kwargs:
+        raise TaskError(f"a batch is a {type(batch).__name__} but the example is a dict with {sorted(like.kwargs)}")
+    if len(given) < len(like.args):
+        raise TaskError(f"a batch has {len(given)} inputs but the example has {len(like.args)}")
+    return Inputs(given[: len(like.args)], {})
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, dicts, dataclasses and model outputs, in order."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):  # model outputs of other libraries that are dicts but no pytree nodes
+            found.extend(tensors_in(dict(leaf)))
+        elif hasattr(leaf, "__dataclass_fields__") and not isinstance(leaf, type):
+            found.extend(tensors_in([getattr(leaf, name) for name in leaf.__dataclass_fields__]))
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU where it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The type of the model's first floating-point parameter or buffer; None where it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return None
+
+
+def describe(value: Any) -> str:
+    """A tensor as ``float32[8, 3, 224, 224]``, anything else by its type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
+    """The model in training or evaluation mode; every module's own flag is put back afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield model
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
