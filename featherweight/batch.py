@@ -72,6 +72,8 @@ def as_inputs(batch: Any, like: Inputs | None = None) -> Inputs:
     if isinstance(batch, Mapping):
         if like is None:
             return Inputs((), dict(batch))
+        if like.args:
+            raise TaskError(f"a batch is a dict with {sorted(batch)} but the example is positional ({like})")
         if missing := [k for k in like.kwargs if k not in batch]:
             raise TaskError(f"a batch has the keys {sorted(batch)} but the example needs {missing} too")
         return Inputs((), {k: batch[k] for k in like.kwargs})
@@ -96,6 +98,44 @@ def tensors_in(value: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dataclass_fields__") and not isinstance(leaf, type):
             found.extend(tensors_in([getattr(leaf, name) for name in leaf.__dataclass_fields__]))
     return found
+
+
+def sketch(inputs: Inputs) -> dict[str, Any]:
+    """The shapes, types and ranges of inputs as JSON-ready data, without their values."""
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return {"value": value}
+        if value.is_floating_point() or value.is_complex():
+            flat = torch.view_as_real(value) if value.is_complex() else value
+            flat = flat.detach().double()
+            spread = [float(flat.mean()), float(flat.std(correction=0))] if value.numel() else [0.0, 0.0]
+        else:
+            spread = [int(value.min()), int(value.max())] if value.numel() else [0, 0]
+        return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "spread": spread}
+
+    simple = (Tensor, str, int, float, bool, type(None))
+    if not all(isinstance(value, simple) for value in (*inputs.args, *inputs.kwargs.values())):
+        return {}
+    return {"args": [drawn(a) for a in inputs.args], "kwargs": {k: drawn(v) for k, v in inputs.kwargs.items()}}
+
+
+def sketched(data: Mapping[str, Any]) -> Inputs:
+    """Made-up inputs of the shapes, types and ranges of a `sketch`; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(item: Mapping[str, Any]) -> Any:
+        if "value" in item:
+            return item["value"]
+        dtype, shape, (one, other) = getattr(torch, item["dtype"]), item["shape"], item["spread"]
+        if dtype.is_complex:
+            parts = torch.randn([*shape, 2], generator=generator) * other + one
+            return torch.view_as_complex(parts).to(dtype)
+        if dtype.is_floating_point:
+            return (torch.randn(shape, generator=generator) * other + one).to(dtype)
+        return torch.randint(one, other + 1, shape, generator=generator).to(dtype)
+
+    return Inputs(tuple(draw(a) for a in data.get("args", ())), {k: draw(v) for k, v in data.get("kwargs", {}).items()})
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -124,7 +164,11 @@ def describe(value: Any) -> str:
 def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
     """The model in training or evaluation mode; every module's own flag is put back afterwards."""
     flags = {module: module.training for module in model.modules()}
-    model.train(training)
+    if training:
+        model.train()
+    else:
+        for module in flags:  # not model.eval(), which exported modules refuse and others use to change themselves
+            module.training = False
     try:
         yield model
     finally:

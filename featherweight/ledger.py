@@ -95,7 +95,8 @@ class Entry:
         edits: the edits it made, as JSON objects.
         left: layers left as they were, with the reason.
         before, after: the network around the step.
-        choices: per layer, what was chosen; empty for a step that chooses nothing.
+        plan: the form chosen for every layer that is replaced, as JSON objects by layer.
+        choices: per layer, what was chosen, and among what; empty for a step that chooses nothing.
         metric: the cost that `Point.share` is a share of, such as ``macs``.
         selected_by: ``optimal``, ``greedy``, ``manual``, or empty.
         evaluations: how often the task's evaluate ran for this step.
@@ -109,6 +110,7 @@ class Entry:
     left: Mapping[str, str]
     before: Snapshot
     after: Snapshot
+    plan: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     choices: Mapping[str, Choice] = field(default_factory=dict)
     metric: str = "macs"
     selected_by: str = ""
@@ -229,10 +231,12 @@ class Ledger:
         """Read a ledger that `save` wrote.
 
         Raises:
-            ArtifactError: the file is not JSON, or not a ledger.
+            ArtifactError: the file cannot be read, is not JSON, or not a ledger.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ArtifactError(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{os.fspath(path)} is not a ledger: it is not JSON ({error})") from error
         return cls.from_json(data)

@@ -1,0 +1,66 @@
+"""What a layer can be made of. A form says how to build the cheaper layer; its values live in the state dict."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch import nn
+
+from featherweight.errors import ArtifactError, did_you_mean
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """A frozen description of a layer's structure: enough to build it, without its values."""
+
+    @abstractmethod
+    def build(self, layer: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+        """A layer of this form that can stand in for `layer`, with uninitialised values.
+
+        Args:
+            layer: the layer to replace; gives sizes, strides, padding, dtype and which parameters are trained.
+            device: where to allocate; the layer's own device by default, ``"meta"`` to only look at sizes.
+        Raises:
+            EditError: this form is not defined for such a layer.
+        """
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The form in a few words, such as ``rank 12``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The form as JSON-ready data."""
+        return {"form": type(self).__name__, **asdict(self)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Form:
+        """The form back from `to_json`.
+
+        Raises:
+            ArtifactError: no such form, or not its fields.
+        """
+        known = {kind.__name__: kind for kind in Form.__subclasses__()}
+        name, settings = data.get("form"), {k: v for k, v in data.items() if k != "form"}
+        if name not in known:
+            raise ArtifactError(f"there is no form {name!r}{did_you_mean(str(name), known)}")
+        expected = {f.name for f in fields(known[name])}
+        if set(settings) != expected:
+            raise ArtifactError(f"the form {name} has the fields {sorted(expected)}, not {sorted(settings)}")
+        return known[name](**settings)
+
+
+class FormModule(nn.Module):
+    """The base of every layer we put in place of another; costs are counted for it as for one layer."""
+
+    is_form: ClassVar[bool] = True
+
+
+def is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether the module is a Linear or Conv layer, parametrized ones and subclasses included."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
