@@ -1,0 +1,402 @@
+"""What the data says of every layer, gathered in one pass: Gram matrices of its inputs, covariances of its gradients.
+
+Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015,
+arxiv.org/abs/1503.05671; Grosse & Martens, A Kronecker-factored approximate Fisher matrix for convolution layers,
+2016, arxiv.org/abs/1602.01407.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featherweight.batch import Inputs, device_of, mode, tensors_in
+from featherweight.errors import TaskError
+from featherweight.forms import Layer
+from featherweight.progress import track
+
+# What each of the statistics is a mean over.
+_WEIGHTS = {
+    "gram": "rows",
+    "mean": "rows",
+    "cross": "rows",
+    "cross_mean": "rows",
+    "gradients": "gradient_rows",
+    "positions": "samples",
+}
+
+
+@dataclass
+class Statistics:
+    """Second moments of what goes into one layer and, when asked for, of the loss's gradient at what comes out.
+
+    Attributes:
+        gram: G = E[x xᵀ] over samples and output positions, x the layer's input (of a convolution the patch under the
+            kernel, channels before kernel axes), per group: (groups, d, d), float32.
+        mean: E[x]: (groups, d), float32.
+        gradients: A = E[g gᵀ], g the gradient of one sample's loss at one output position: (outputs, outputs), or None.
+        cross: E[y xᵀ], where x comes out of a network that was changed before this layer and y is what the original had
+            in its place: (groups, d, d); None where nothing was changed, and y is x.
+        cross_mean: E[y]: (groups, d); None where y is x.
+        rows: how many x were seen.
+        positions: output positions a sample, over all calls: tokens, pixels; 1 for a plain Linear that is called once.
+        gradient_rows: how many g were seen.
+        samples: how many samples went through the network.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    gradients: Tensor | None = None
+    cross: Tensor | None = None
+    cross_mean: Tensor | None = None
+    rows: int = 0
+    positions: float = 1.0
+    gradient_rows: int = 0
+    samples: int = 0
+
+    @property
+    def original_mean(self) -> Tensor:
+        """E[y], the mean of what the original has in this layer's inputs' place: (groups, d)."""
+        return self.mean if self.cross_mean is None else self.cross_mean
+
+    def centred(self) -> Statistics:
+        """The same of x − E[x] and y − E[y]: what is left to fit once a bias takes care of the means."""
+        mean, original_mean = self.mean.to(self.gram.device), self.original_mean.to(self.gram.device)
+        gram = self.gram - mean[..., :, None] * mean[..., None, :]
+        cross = None if self.cross is None else self.cross - original_mean[..., :, None] * mean[..., None, :]
+        return replace(self, gram=gram, cross=cross)
+
+
+def gather(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Iterable[Inputs],
+    *,
+    gradients: Callable[[Any, torch.Generator], Tensor] | None = None,
+    effort: float = 1.0,
+    memory_limit: int = 4 << 30,
+    seed: int = 0,
+) -> dict[str, Statistics]:
+    """The statistics of the layers' inputs over the batches, in one pass.
+
+    Of convolutions, and of Linear layers over tokens, a random subset of positions is looked at, as large as keeps the
+    products within `effort` times the cost of the layers themselves. In a process group every process takes its share
+    of the batches, and all get the sum.
+
+    Args:
+        model: the network; run in evaluation mode, without touching its parameters.
+        layers: which layers to watch, by name; they must be the model's own.
+        batches: inputs, on the model's device.
+        gradients: a function (outputs, generator) → scalar whose gradient is to be watched; None for inputs only.
+        effort: multiply-accumulates spent on Gram matrices, as a multiple of the layers' own.
+        memory_limit: bytes of Gram matrices kept in memory; what is above lies in a temporary file.
+        seed: of the choice of positions and of what `gradients` draws.
+    Returns:
+        Statistics by name, of the layers that were called.
+    Raises:
+        TaskError: a layer's input or the gradient at its output holds NaN or infinite values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    store = _Store(memory_limit)
+    found: dict[str, Statistics] = {}
+    places: Counter[str] = Counter()
+    samples = 0
+    probes: list[tuple[str, Tensor]] = []
+
+    def watch(name: str, layer: Layer) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            x = args[0] if args else kwargs["input"]
+            views = patches(layer, x.detach())
+            rows = _take(layer, views, _pick(layer, views, effort, generator))
+            if name not in found:
+                groups, _, width = rows.shape
+                found[name] = Statistics(
+                    store.zeros((groups, width, width), x.device), x.new_zeros(groups, width).float()
+                )
+            _add_rows(found[name], rows)
+            places[name] += int(views.shape[1 : views.ndim - _kernel_axes(layer)].numel())
+            if gradients is None:
+                return None
+            # Adding a zero whose gradient is asked for leaves answers as they are and needs no parameter's gradient.
+            probe = torch.zeros_like(output, requires_grad=True)
+            probes.append((name, probe))
+            return output + probe
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(mode(model, training=False))
+        stack.enter_context(_without_fused_attention())
+        for name, layer in layers.items():
+            handle = layer.register_forward_hook(watch(name, layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        for inputs in _my_share(track(batches, "watching what the data does")):
+            probes.clear()
+            samples += inputs.batch_size
+            with torch.set_grad_enabled(gradients is not None):
+                outputs = inputs.into(model)
+                if gradients is not None and probes:
+                    loss = gradients(outputs, generator)
+                    grads = torch.autograd.grad(loss, [p for _, p in probes], allow_unused=True)
+                    for (name, _), grad in zip(probes, grads, strict=True):
+                        if grad is not None:
+                            _add_gradients(found[name], layers[name], grad)
+    for name, statistics in found.items():
+        statistics.positions, statistics.samples = places[name] / max(1, samples), samples
+    found = _over_processes(found, device_of(model))
+    for name, statistics in found.items():
+        if not bool(torch.isfinite(statistics.gram).all()):
+            raise TaskError(f"what goes into {name!r} holds NaN or infinite values: look at the calibration data")
+        if statistics.gradients is not None and not bool(torch.isfinite(statistics.gradients).all()):
+            raise TaskError(
+                f"the loss's gradient at {name!r} holds NaN or infinite values: look at the model's answers"
+            )
+    return found
+
+
+def gather_paired(
+    original: nn.Module,
+    changed: nn.Module,
+    name: str,
+    batches: Iterable[Inputs],
+    *,
+    calls: int = 1,
+    effort: float = 1.0,
+    seed: int = 0,
+) -> Statistics:
+    """The statistics of one layer's inputs in a network whose earlier layers were changed, against the original's.
+
+    Both networks run on the same batches, only as far as this layer.
+
+    Args:
+        original: the network before the changes.
+        changed: the same network, changed.
+        name: the layer, which is still the original's in both.
+        batches: inputs.
+        calls: how often one run calls the layer.
+        effort: as in `gather`.
+        seed: of the choice of positions, which is the same in both.
+    """
+    layer = cast(Layer, original.get_submodule(name))
+    total: Statistics | None = None
+    generator = torch.Generator().manual_seed(seed)
+    for inputs in _my_share(batches):
+        x = _reaching(original, name, inputs, calls)
+        y = _reaching(changed, name, inputs, calls)
+        for one, other in zip(x, y, strict=True):
+            was, now = patches(layer, one), patches(layer, other)
+            chosen = _pick(layer, now, effort, generator)
+            rows = _take(layer, now, chosen)
+            if total is None:
+                groups, _, width = rows.shape
+                square, line = rows.new_zeros(groups, width, width), rows.new_zeros(groups, width)
+                total = Statistics(square, line, cross=square.clone(), cross_mean=line.clone())
+            _add_rows(total, rows, _take(layer, was, chosen))
+    found = _over_processes({} if total is None else {name: total}, device_of(changed))
+    if name not in found:
+        raise TaskError(f"no calibration batch reached {name!r}")
+    return found[name]
+
+
+class _Reached(Exception):
+    """Ends a run at the layer whose inputs were wanted."""
+
+
+def _reaching(model: nn.Module, name: str, inputs: Inputs, calls: int) -> list[Tensor]:
+    """What goes into the layer in one run, call by call; the run ends there."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        if len(found) + 1 == calls:
+            found.append(x)
+            raise _Reached
+        found.append(x.clone())  # what runs on may write into it
+
+    handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad(), mode(model, training=False), _without_fused_attention():
+            inputs.into(model)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found
+
+
+def patches(layer: Layer, x: Tensor) -> Tensor:
+    """A layer's inputs position by position, as a view: (groups, samples, *positions, inputs / groups, *kernel).
+
+    Args:
+        layer: a Linear, whose kernel has no axes, or a convolution.
+        x: what goes in; a convolution's padding is added here.
+    """
+    if isinstance(layer, nn.Linear):
+        return x[None]
+    dims = len(layer.kernel_size)
+    if x.ndim == dims + 1:  # a sample without a batch dimension
+        x = x[None]
+    sides: list[int] = layer._reversed_padding_repeated_twice
+    if any(sides):
+        x = F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    x = x.reshape(x.shape[0], layer.groups, -1, *x.shape[2:])  # (samples, groups, channels, *positions, *kernel)
+    return x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+
+
+def classifier_loss(class_dim: int) -> Callable[[Any, torch.Generator], Tensor]:
+    """Cross-entropy against labels drawn from the model's own answer: its gradients' covariance is the true Fisher.
+
+    Args:
+        class_dim: the dimension of the outputs' first tensor that holds the classes.
+    """
+
+    def loss(outputs: Any, generator: torch.Generator) -> Tensor:
+        logits = getattr(outputs, "logits", None)
+        logits = (tensors_in(outputs)[0] if logits is None else logits).movedim(class_dim, -1).flatten(0, -2).float()
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+        return -logits.log_softmax(-1).gather(1, labels).sum()
+
+    return loss
+
+
+def regression_loss(outputs: Any, generator: torch.Generator) -> Tensor:
+    """Half the relative squared error against the model's own answer with Gaussian noise drawn on it."""
+    total = torch.zeros(())
+    for tensor in tensors_in(outputs):
+        if tensor.is_floating_point() and tensor.requires_grad:
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+            size = tensor.detach().float().square().sum() / max(1, tensor.shape[0] if tensor.ndim else 1)
+            total = total.to(tensor.device) + (tensor * noise).float().sum() / size.clamp_min(1e-30).sqrt()
+    return total
+
+
+def _pick(layer: Layer, views: Tensor, effort: float, generator: torch.Generator) -> tuple[Any, ...]:
+    """An index into `patches` of a random subset of positions whose products cost `effort` times the layer itself."""
+    places = views.shape[1 : views.ndim - _kernel_axes(layer)]
+    width = int(views.shape[1 + len(places) :].numel())
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels // layer.groups
+    everything = int(places.numel())
+    wanted = max(places[0] if places else 1, round(effort * everything * outputs / width))
+    if wanted >= everything:
+        return (slice(None),)
+    chosen = torch.randint(everything, (wanted,), generator=generator).to(views.device)
+    return (slice(None), *torch.unravel_index(chosen, places))
+
+
+def _take(layer: Layer, views: Tensor, chosen: tuple[Any, ...]) -> Tensor:
+    """The chosen positions of `patches` as vectors: (groups, rows, d), float32."""
+    width = int(views.shape[views.ndim - _kernel_axes(layer) :].numel())
+    return views[chosen].reshape(views.shape[0], -1, width).float()
+
+
+def _kernel_axes(layer: Layer) -> int:
+    """How many trailing dimensions of `patches` make up one input vector: channels and the kernel's axes."""
+    return 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)
+
+
+def _add_rows(statistics: Statistics, rows: Tensor, was: Tensor | None = None) -> None:
+    """Move the running means by these rows: a mean, unlike a sum, does not outgrow float32."""
+    count = rows.shape[1]
+    if not count:
+        return
+    statistics.rows += count
+    share = count / statistics.rows
+    place = statistics.gram.device
+    statistics.gram += share * ((rows.transpose(1, 2) @ rows / count).to(place) - statistics.gram)
+    statistics.mean += share * (rows.mean(1) - statistics.mean)
+    if was is not None and statistics.cross is not None and statistics.cross_mean is not None:
+        statistics.cross += share * (was.transpose(1, 2) @ rows / count - statistics.cross)
+        statistics.cross_mean += share * (was.mean(1) - statistics.cross_mean)
+
+
+def _add_gradients(statistics: Statistics, layer: Layer, grad: Tensor) -> None:
+    channels_last = grad if isinstance(layer, nn.Linear) else grad.movedim(-1 - len(layer.kernel_size), -1)
+    rows = channels_last.reshape(-1, channels_last.shape[-1]).float()
+    if statistics.gradients is None:
+        statistics.gradients = rows.new_zeros(rows.shape[1], rows.shape[1])
+    statistics.gradient_rows += len(rows)
+    share = len(rows) / statistics.gradient_rows
+    statistics.gradients += share * (rows.T @ rows / len(rows) - statistics.gradients)
+
+
+def _my_share(batches: Iterable[Inputs]) -> Iterable[Inputs]:
+    """Every process of a group takes every so-many-th batch; one process takes all."""
+    world = torch.distributed
+    if not (world.is_available() and world.is_initialized()):
+        return batches
+    rank, size = world.get_rank(), world.get_world_size()
+    return (batch for index, batch in enumerate(batches) if index % size == rank)
+
+
+def _over_processes(found: dict[str, Statistics], device: torch.device) -> dict[str, Statistics]:
+    """The statistics of all processes of a group, the same for every one: means weighted by what is behind them."""
+    world = torch.distributed
+    if not (world.is_available() and world.is_initialized()):
+        return found
+    # A process whose batches reach a layer not at all takes part with zeros: all must agree on what is summed.
+    mine = {(name, field): _shape(getattr(s, field)) for name, s in found.items() for field in _WEIGHTS}
+    theirs: list[dict[tuple[str, str], torch.Size | None]] = [{}] * world.get_world_size()
+    world.all_gather_object(theirs, mine)
+    shapes = {key: shape for known in theirs for key, shape in known.items() if shape is not None}
+    merged = {name: found.get(name, Statistics(torch.empty(0), torch.empty(0))) for name, _ in shapes}
+    for (name, field), shape in shapes.items():
+        statistics, here = merged[name], getattr(merged[name], field)
+        weight = torch.tensor(float(getattr(statistics, _WEIGHTS[field])), device=device)
+        value = weight * torch.as_tensor(here, device=device) if weight else torch.zeros(shape, device=device)
+        world.all_reduce(value)
+        world.all_reduce(weight)
+        setattr(statistics, field, value / weight.clamp_min(1))
+    for statistics in merged.values():
+        statistics.positions = float(statistics.positions)
+        for field in ("rows", "gradient_rows", "samples"):
+            count = torch.tensor(getattr(statistics, field), device=device)
+            world.all_reduce(count)
+            setattr(statistics, field, int(count))
+    return merged
+
+
+def _shape(value: Tensor | float | None) -> torch.Size | None:
+    return None if value is None else torch.as_tensor(value).shape
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """Keep PyTorch's encoders from handing nested tensors to their layers, or from passing the layers by."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Store:
+    """Allocates matrices in memory up to a limit, and above it in a temporary file that goes with the process."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def zeros(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """A float32 tensor of zeros."""
+        size = int(torch.Size(shape).numel())
+        self.left -= 4 * size
+        if self.left >= 0 or not size:
+            return torch.zeros(shape, device=device)
+        handle, path = tempfile.mkstemp(prefix="featherweight-gram-")
+        try:
+            os.truncate(handle, 4 * size)  # a file of zeros that takes no space until written
+            return torch.from_file(path, shared=True, size=size, dtype=torch.float32).reshape(shape)
+        finally:
+            os.close(handle)
+            os.unlink(path)  # the mapping keeps it alive

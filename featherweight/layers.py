@@ -1,0 +1,99 @@
+"""Finding layers: by kind, by name pattern, and saying why one cannot be touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias, TypeVar, Union
+
+from torch import nn
+
+from featherweight.errors import did_you_mean
+from featherweight.forms import Layer, is_layer
+
+T = TypeVar("T")
+
+# A setting for all layers, or {name pattern: setting}: the first pattern that matches a layer's name wins.
+PerLayer: TypeAlias = Union[T, Mapping[str, T]]  # noqa: UP007 - the | of a TypeVar is no type to a checker
+
+# Kinds of layers whose weights a user may expect to be compressed, beyond Linear and Conv.
+_WEIGHTED = (nn.modules.conv._ConvTransposeNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
+
+def for_layer(setting: PerLayer[T], name: str, default: T) -> T:
+    """The setting that holds for the layer `name`; `default` where no pattern matches."""
+    if not isinstance(setting, Mapping):
+        return setting
+    return next((value for pattern, value in setting.items() if fnmatchcase(name, pattern)), default)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether any of the patterns (``*`` and ``?`` as in file names) matches the layer's name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """A sentence for every pattern that matches none of the names."""
+    return [
+        f"the pattern {pattern!r} matches none of {len(names)} layers{did_you_mean(pattern, names)}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The names of all Linear and Conv layers, in the order the model registers them."""
+    return [name for name, module in model.named_modules() if is_layer(module)]
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and Conv layers, and the other kinds of layers that multiply by a weight, by name."""
+    return {n: m for n, m in model.named_modules() if n and (is_layer(m) or isinstance(m, _WEIGHTED))}
+
+
+def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str]) -> dict[str, str]:
+    """Layers that no technique may replace, with the reason.
+
+    Args:
+        model: the network.
+        called: names of the layers that the example calls.
+        ignore: patterns of layers that the user wants left alone.
+    """
+    called, found = set(called), {}
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in weighted_layers(model).items():
+        if matches(name, ignore):
+            found[name] = "ignored, as asked"
+        elif not is_layer(layer):
+            found[name] = f"a {type(layer).__name__} is neither a Linear nor a Conv layer"
+        elif (reason := _own_behaviour(layer)) is not None:
+            found[name] = reason
+        elif (shared := _shared_with(model, name, layer, owners)) is not None:
+            found[name] = f"its weight is shared with {shared}"
+        elif name not in called:
+            found[name] = "the example never calls it: it is unused, or another module uses its weight directly"
+        elif not layer.weight.is_floating_point() or layer.weight.is_complex():
+            found[name] = f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
+    return found
+
+
+def _own_behaviour(layer: Layer) -> str | None:
+    """What a replacement would lose: a forward of the user's own, or hooks."""
+    standard = next(kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind))
+    if type(layer).forward is not standard.forward or "forward" in vars(layer):
+        return f"{type(layer).__name__} has a forward of its own, which a replacement would lose"
+    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "it has hooks, which a replacement would lose"
+    return None
+
+
+def _shared_with(model: nn.Module, name: str, layer: Layer, owners: Mapping[int, Sequence[str]]) -> str | None:
+    """The name of another parameter that is this layer's weight too; the same layer under two names is no other."""
+    for part, parameter in layer.named_parameters():
+        for other in owners.get(id(parameter), ()):
+            module, _, _ = other.rpartition(".")
+            if other != f"{name}.{part}" and model.get_submodule(module.removesuffix(".parametrizations")) is not layer:
+                return other
+    return None

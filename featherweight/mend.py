@@ -1,0 +1,72 @@
+"""Values put right without training, after a change of form: batch-norm statistics and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from featherweight.batch import Inputs, mode
+from featherweight.curvature.gram import Statistics
+from featherweight.progress import track
+
+
+def reestimate_batch_norm(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Inputs]],
+    distance: Callable[[nn.Module], float],
+    names: Collection[str],
+) -> bool:
+    """Give batch norms the mean and variance of what reaches them now, in place; kept only where answers come nearer.
+
+    Compression moves the statistics of activations, and a network normalised by the old ones can lose all its accuracy
+    (Nagel et al., Data-free quantization through weight equalization and bias correction, 2019, section 4.2, describes
+    the same shift for quantization).
+
+    Args:
+        model: the network; its batch norms' running statistics change.
+        batches: calibration batches, read once.
+        distance: how far a model's answers are from what they should be.
+        names: which batch norms; others keep what training gave them.
+    Returns:
+        Whether new statistics were kept.
+    """
+    norms = [m for n, m in model.named_modules() if n in names and isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return False
+    before = distance(model)
+    kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), mode(model, training=False):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over all batches
+            norm.training = True
+        for inputs in track(batches(), "re-estimating batch-norm statistics"):
+            inputs.into(model)
+    nearer = distance(model) < before
+    for norm, momentum, old in zip(norms, momenta, kept, strict=True):
+        norm.momentum = momentum
+        for name, buffer in norm.named_buffers():
+            if not nearer or name == "num_batches_tracked":
+                buffer.copy_(old[name])
+    return nearer
+
+
+def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: Statistics) -> Tensor:
+    """The bias that keeps the mean of a layer's outputs what it was: ``b + W E[x] − Ŵ E[x̂]``.
+
+    Nagel et al., 2019, section 4.2, in the form that data gives.
+
+    Args:
+        weight: W, the layer's weight, (outputs, inputs / groups, *kernel).
+        bias: b, (outputs,).
+        replaced: Ŵ, the weight that takes its place, of the same shape.
+        statistics: of the layer's inputs: x of the original, x̂ of the network as it is now.
+    """
+    groups, width = statistics.mean.shape
+    now = (replaced.double().reshape(groups, -1, width) @ statistics.mean.double()[..., None]).flatten()
+    then = (weight.double().reshape(groups, -1, width) @ statistics.original_mean.double()[..., None]).flatten()
+    return (bias.double() + then - now).to(bias.dtype)

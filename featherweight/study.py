@@ -1,0 +1,83 @@
+"""What is known of a model while a step works on it: its costs, its scores, its curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from featherweight.cost.cost import Cost
+from featherweight.cost.count import Profile, profile
+from featherweight.curvature.gram import Statistics, classifier_loss, gather, regression_loss
+from featherweight.forms import Layer
+from featherweight.score import Scorer, class_dimension
+from featherweight.task import Task
+
+
+@dataclass
+class Study:
+    """A model on the bench.
+
+    Attributes:
+        model: the network the step works on and changes; never the caller's own.
+        original: the network as it was before the step, for reference; not changed.
+        task: what the model is for.
+        scorer: asks for scores, and counts.
+        start: what the recipe's original costs: shares of a budget are shares of this.
+        seed: of everything random.
+        store: file of evaluations that outlive the run; None to keep them in memory.
+        notes: what the step wants the user to know, a sentence each.
+        findings: what the step wants in the ledger beside its edits, by field of the ledger's entry.
+    """
+
+    model: nn.Module
+    original: nn.Module
+    task: Task
+    scorer: Scorer
+    start: Cost
+    seed: int = 0
+    store: str | None = None
+    notes: list[str] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The original's costs, layer by layer."""
+        return profile(self.original, self.task.inputs())
+
+    @cached_property
+    def original_score(self) -> float:
+        """The original's score."""
+        return self.scorer(self.original)
+
+    def statistics(self, layers: Mapping[str, Layer], samples: int, gradients: bool) -> dict[str, Statistics]:
+        """Second moments of the original's layers on the calibration data.
+
+        Where gradients cannot be had (an operation without a derivative), that is noted and inputs alone are watched.
+
+        Args:
+            layers: which layers, by name.
+            samples: how many calibration samples to look at.
+            gradients: whether to watch the gradients too, of the divergence from the model's own answers.
+        """
+        if gradients:
+            try:
+                batches = self.task.batches(self.original, samples)
+                return gather(self.original, layers, batches, gradients=self._loss(), seed=self.seed)
+            except (RuntimeError, NotImplementedError) as error:
+                self.notes.append(
+                    f"the loss has no gradient here ({str(error).splitlines()[0]}): "
+                    "layers were weighed by their own output's error"
+                )
+        return gather(self.original, layers, self.task.batches(self.original, samples), seed=self.seed)
+
+    def _loss(self) -> Any:
+        with torch.no_grad():
+            self.original.eval()
+            outputs = next(self.task.batches(self.original, 1)).into(self.original)
+        dim = class_dimension(outputs, self.task.loss)
+        return regression_loss if dim is None else classifier_loss(dim)
