@@ -1,1 +1,17 @@
 """Featherweight: make a trained network cheaper to run, and prove that it still does its job."""
+
+from featherweight import factorize as factorize
+from featherweight.compressed import Compressed as Compressed
+from featherweight.compressed import load as load
+from featherweight.inspection import compare as compare
+from featherweight.inspection import inspect as inspect
+from featherweight.recipe import Recipe as Recipe
+from featherweight.recipe import compress as compress
+from featherweight.search.budget import Budget as Budget
+from featherweight.search.greedy import Greedy as Greedy
+from featherweight.search.optimal import Optimal as Optimal
+from featherweight.search.options import Plan as Plan
+from featherweight.task import Task as Task
+from featherweight.train.fit import fit as fit
+
+__version__ = "0.1.0"

@@ -1,0 +1,171 @@
+"""The result of a recipe: the model, what made it, and everything that is done with it afterwards."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featherweight import artifact
+from featherweight.batch import Inputs, as_inputs, sketch, sketched
+from featherweight.cost.latency import measure, torch_run
+from featherweight.edits import Edit
+from featherweight.errors import ExportError
+from featherweight.export import export as export_file
+from featherweight.export.onnx import session
+from featherweight.export.verify import opened
+from featherweight.ledger import Check, Ledger, Timing
+from featherweight.report import write
+from featherweight.report.table import text
+from featherweight.score import Scorer
+from featherweight.search.options import Plan
+from featherweight.task import Task
+
+
+@dataclass
+class Compressed:
+    """A compressed model with its record.
+
+    Attributes:
+        model: an ordinary nn.Module: it trains, copies, compiles and exports.
+        edits: what gave it its form, in order.
+        ledger: what each step did; grows with what is measured here.
+        example: inputs of one call: the task's, or made-up ones of the same shapes for a model that was loaded.
+    """
+
+    model: nn.Module
+    edits: Sequence[Edit]
+    ledger: Ledger
+    example: Inputs
+
+    @property
+    def plan(self) -> Plan:
+        """What was made of every layer, as a plan to edit and to run again; of the last step that replaced layers."""
+        return ([plan for _, plan in plans(self.ledger)] or [Plan("")])[-1]
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write model and record to one file, and return its size in bytes.
+
+        Raises:
+            ArtifactError: the file cannot be written; what was there before is still there.
+        """
+        size = artifact.save(path, self.model, self.edits, self.ledger, sketch(self.example))
+        self._add(file_bytes={**self.ledger.file_bytes, Path(path).name: size})
+        return size
+
+    def export(
+        self,
+        format: str,
+        path: str | os.PathLike[str],
+        batches: Sequence[Any] | None = None,
+        *,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        dynamic_batch: bool = True,
+        tolerance: float | None = None,
+    ) -> Check:
+        """Write the model for a runtime, run the file there, and hold its answers against the model's.
+
+        Args:
+            format: ``onnx`` or ``torch_export``.
+            path: the file to write.
+            batches: real inputs to compare on, beside the example and made-up ones.
+            evaluate: the task's, to score the file in its runtime: it is called with a module that runs the file.
+            dynamic_batch: whether the file takes batches of any size.
+            tolerance: greatest difference allowed, as a share of the largest answer; by the model's type by default.
+        Raises:
+            ExportError: it cannot be exported, or the file does not answer as the model does.
+        """
+        options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance}
+        given = [as_inputs(batch, like=self.example) for batch in batches or ()]
+        check = export_file(self.model, self.example, format, path, given, **options)  # type: ignore[arg-type]
+        if evaluate is not None:
+            check = replace(
+                check, score=Scorer(Task(self.example, evaluate=evaluate), self.model)(opened(format, path))
+            )
+        self._add(checks=(*self.ledger.checks, check))
+        return check
+
+    def time(
+        self, original: nn.Module, runtimes: Sequence[str] = ("torch", "onnxruntime"), repeats: int = 50
+    ) -> tuple[Timing, ...]:
+        """Measure the latency of the original and of this model, interleaved, on the example.
+
+        Args:
+            original: the model before.
+            runtimes: ``torch``, ``onnxruntime`` or both.
+            repeats: timed calls of each.
+        """
+        timings = time_side_by_side(original, self.model, self.example, runtimes, repeats)
+        self._add(timings=timings)
+        return timings
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write the report: .html, .md or .json."""
+        write(self.ledger, path)
+
+    def __str__(self) -> str:
+        return text(self.ledger)
+
+    def _add(self, **fields: Any) -> None:
+        self.ledger = replace(self.ledger, **fields)
+
+
+def plans(ledger: Ledger) -> list[tuple[int, Plan]]:
+    """The plan of every step that chose something, with the step's number from 1."""
+    chosen = [(n, e) for n, e in enumerate(ledger.steps, start=1) if e.choices]
+    return [(n, Plan.from_json({"step": entry.step, "layers": entry.plan})) for n, entry in chosen]
+
+
+def load(path: str | os.PathLike[str], into: nn.Module) -> Compressed:
+    """A compressed model from its file, in a copy of a freshly made model.
+
+    Args:
+        path: what `Compressed.save` wrote.
+        into: the model as it was before compression, such as ``make_model()``; its values do not matter, and it is not
+            changed.
+    Raises:
+        ArtifactError: the file is missing, foreign, newer, truncated or damaged, or is another model's.
+    """
+    model = copy.deepcopy(into)
+    edits, ledger, example = artifact.load(path, model)
+    return Compressed(model.eval(), edits, ledger, sketched(example))
+
+
+def time_side_by_side(
+    original: nn.Module,
+    compressed: nn.Module,
+    example: Inputs,
+    runtimes: Sequence[str] = ("torch", "onnxruntime"),
+    repeats: int = 50,
+) -> tuple[Timing, ...]:
+    """Latency of two networks in each runtime, all of them interleaved so that drift hits all alike.
+
+    Raises:
+        ExportError: there is no such runtime, or a model cannot be exported for it.
+    """
+    networks: Mapping[str, nn.Module] = {"before": original, "after": compressed}
+    if unknown := set(runtimes) - {"torch", "onnxruntime"}:
+        raise ExportError(f"there is no runtime {sorted(unknown)}: there are torch and onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for name, model in networks.items():
+            inputs = example.on(model)
+            if "torch" in runtimes:
+                runs[f"{name} torch"] = torch_run(model, inputs)
+            if "onnxruntime" in runtimes:
+                export_file(model, inputs, "onnx", Path(folder) / f"{name}.onnx")
+                runs[f"{name} onnxruntime"] = partial(inputs.into, session(Path(folder) / f"{name}.onnx"))
+        measured = measure(runs, repeats=repeats)
+    threads, size = torch.get_num_threads(), example.batch_size
+    return tuple(
+        Timing(network, runtime, taken.median_ms, taken.lower_ms, taken.upper_ms, taken.repeats, size, threads)
+        for (network, runtime), taken in ((label.split(), taken) for label, taken in measured.items())
+    )

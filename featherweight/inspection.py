@@ -1,0 +1,109 @@
+"""Looking at a model before anything is done to it: what costs what, and what could be replaced."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from featherweight.compressed import time_side_by_side
+from featherweight.cost.count import Profile, profile
+from featherweight.layers import obstacles
+from featherweight.ledger import Entry, Ledger, machine
+from featherweight.report import words
+from featherweight.score import Scorer
+from featherweight.snapshot import snapshot
+from featherweight.task import Task, fingerprint
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model costs, layer by layer.
+
+    Attributes:
+        model: the model's class name.
+        example: the inputs that the costs are of, described.
+        profile: the costs.
+        fixed: layers with weights that no step could replace, with the reason.
+    """
+
+    model: str
+    example: str
+    profile: Profile
+    fixed: Mapping[str, str]
+
+    def __rich__(self) -> RenderableType:
+        """The table, for a rich console."""
+        total = self.profile.total
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading, justify in (("layer", "left"), ("kind", "left")):
+            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for heading in ("parameters", "MACs", "share", "bytes", "activations", "energy"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, row in self.profile.layers.items():
+            cost = row.cost
+            share = f"{cost.macs / total.macs:.1%}" if total.macs else ""
+            numbers = (words.count(cost.params), words.count(cost.macs), share, words.size(cost.bytes))
+            written, energy = words.size(cost.activation_bytes), words.energy(cost.energy_joules)
+            table.add_row(words.name(name), row.kind, *numbers, written, energy)
+        table.add_section()
+        numbers = (words.count(total.params), words.count(total.macs), "100%", words.size(total.bytes))
+        written, energy = words.size(total.activation_bytes), words.energy(total.energy_joules)
+        table.add_row("total", self.model, *numbers, written, energy, style="bold")
+        peak = words.size(self.profile.peak_activation_bytes)
+        lines = [f"Costs of one call on {self.example}. Activations are bytes written; most alive at once: {peak}."]
+        lines += ["Energy is an estimate."]
+        if self.fixed:
+            lines.append("Cannot be replaced:")
+            lines += [f"  {words.name(name)}: {reason}" for name, reason in self.fixed.items()]
+        if self.profile.uncalled:
+            lines.append(f"Never called by the example: {', '.join(self.profile.uncalled)}")
+        if total.uncounted:
+            lines.append(f"Not counted: {', '.join(total.uncounted)}")
+        return Group(table, Text("\n".join(lines)))
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, color_system=None, legacy_windows=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def inspect(model: nn.Module, task_or_example: Any) -> Inspection:
+    """What a model costs on an example, layer by layer, and what could be replaced. The model stays as it is.
+
+    Args:
+        model: the network.
+        task_or_example: a Task, or an example of its inputs: a tensor, a tuple, or a dict of keyword inputs.
+    Raises:
+        TaskError: the model does not run on the example.
+    """
+    task = task_or_example if isinstance(task_or_example, Task) else Task(task_or_example)
+    inputs = task.inputs()
+    counted = profile(model, inputs)
+    called = [name for name, row in counted.layers.items() if row.calls]
+    return Inspection(type(model).__name__, str(inputs.on(model)), counted, obstacles(model, called, ()))
+
+
+def compare(model: nn.Module, other: nn.Module, task: Task, runtimes: Sequence[str] = ()) -> Ledger:
+    """Two models side by side, whatever turned one into the other: costs, scores and, when asked for, latencies.
+
+    Args:
+        model: the model before; without an evaluate, the score is agreement with it.
+        other: the model after.
+        task: what both are for.
+        runtimes: where to time both: ``torch``, ``onnxruntime``.
+    Returns:
+        A ledger of one entry, for `featherweight.report` to show.
+    """
+    scorer = Scorer(task, model)
+    before, after = (snapshot(network, task, scorer(network)) for network in (model, other))
+    entry = Entry("compare", {}, (), {}, before, after, evaluations=scorer.count, seconds=scorer.seconds)
+    timings = time_side_by_side(model, other, task.inputs(), runtimes) if runtimes else ()
+    return Ledger(type(model).__name__, fingerprint(model), scorer.name, (entry,), timings=timings, machine=machine())

@@ -1,0 +1,380 @@
+"""Steps that choose one option for every layer: what the options are is the technique's, the rest is here.
+
+Table of options → plan → one layer after the other, each fitted to what the layers before it have become → mending.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.cost.cost import Cost
+from featherweight.cost.count import LayerCall
+from featherweight.curvature.gram import Statistics, gather_paired
+from featherweight.edits import Edit, Leave, Replace
+from featherweight.errors import RecipeError, TaskError, did_you_mean
+from featherweight.forms import Form, Layer, is_layer
+from featherweight.layers import PerLayer, for_layer, layer_names, obstacles, unmatched, weighted_layers
+from featherweight.ledger import Choice, Point
+from featherweight.mend import reestimate_batch_norm
+from featherweight.progress import track
+from featherweight.score import Divergence
+from featherweight.search.budget import Budget
+from featherweight.search.evaluations import Evaluations, key
+from featherweight.search.greedy import Greedy
+from featherweight.search.optimal import Optimal
+from featherweight.search.options import Choosing, Option, Plan, Selector, Table
+from featherweight.search.replay import Replay
+from featherweight.step import Step
+from featherweight.study import Study
+from featherweight.task import Task, fingerprint
+
+SELECTORS: Mapping[str, type[Greedy] | type[Optimal]] = {"greedy": Greedy, "optimal": Optimal}
+# Fewer samples than this say too little of a batch norm's mean and variance.
+MENDING_SAMPLES = 32
+# Points of a layer's curve that go into the ledger.
+CURVE_POINTS = 40
+
+
+@dataclass(frozen=True)
+class Layerwise(Step):
+    """A technique that offers options for single layers.
+
+    Attributes:
+        budget: what the whole network may cost, in shares of what the recipe was given; options are then chosen.
+        ratio: the share of a layer's MACs to keep, 0 to 1, instead of a budget; per layer where it is a mapping.
+        select: who chooses under a budget: ``"optimal"`` (least predicted loss over all layers), ``"greedy"`` (measured
+            scores, layer by layer), a selector with settings such as ``Greedy(candidates=5)``, or a plan.
+        ignore: patterns of layers to leave alone.
+        data_aware: fit to the calibration data; None for wherever there is some.
+        asymmetric: fit every layer to the original's answers on what the compressed layers before it give.
+        samples: how many calibration samples to look at.
+        epochs_per_layer: of fine-tuning with ``task.train`` after every replaced layer.
+        epochs: of fine-tuning with ``task.train`` after all of them.
+    """
+
+    budget: Budget | None = None
+    ratio: PerLayer[float] | None = None
+    select: Any = "optimal"
+    ignore: tuple[str, ...] = ()
+    data_aware: bool | None = None
+    asymmetric: bool = True
+    samples: int = 512
+    epochs_per_layer: float = 0
+    epochs: float = 0
+
+    # What a technique says ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def unfit(self, layer: Layer) -> str | None:
+        """Why the technique cannot replace such a layer; None where it can."""
+
+    @abstractmethod
+    def options(self, name: str, layer: Layer, calls: Sequence[LayerCall], seen: Statistics | None) -> list[Option]:
+        """All ways of replacing a layer, by rising cost.
+
+        Args:
+            name: the layer's name.
+            layer: the layer.
+            calls: how the example calls it, for prices.
+            seen: statistics of its inputs and gradients; None without data.
+        """
+
+    @abstractmethod
+    def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:
+        """The state dict of the layer in its new form, fitted to the statistics."""
+
+    def decided(self, name: str, options: Sequence[Option], whole: Cost) -> Option | None:
+        """The option that the settings spell out, where nothing is left to choose; None for the layer as it is."""
+        assert self.ratio is not None
+        limit = for_layer(self.ratio, name, default=1.0) * whole.macs
+        return max((o for o in options if o.cost.macs <= limit), key=lambda o: o.cost.macs, default=None)
+
+    def ways(self) -> dict[str, Any]:
+        """The settings that say how much, of which exactly one must be given."""
+        return {"budget": self.budget, "ratio": self.ratio, "select": self.select if self.plan is not None else None}
+
+    # Settings -------------------------------------------------------------------------------------------------------
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, Mapping):
+            object.__setattr__(self, "budget", Budget(**self.budget))
+        if isinstance(self.ignore, list):
+            object.__setattr__(self, "ignore", tuple(self.ignore))
+        match self.select:
+            case {"step": _, "layers": _}:
+                object.__setattr__(self, "select", Plan.from_json(self.select))
+            case Mapping() as named if len(named) == 1 and next(iter(named)) in SELECTORS:
+                kind, settings = next(iter(named.items()))
+                object.__setattr__(self, "select", SELECTORS[kind](**settings))
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan to carry out, where one was given."""
+        return self.select if isinstance(self.select, Plan) else None
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        """What is wrong with the settings for this model and task."""
+        found = super().problems(model, task)
+        if found:
+            return found
+        given = [way for way, value in self.ways().items() if value is not None]
+        ways = ", ".join(f"{way}=" if way != "select" else "select=plan" for way in self.ways())
+        if not given:
+            found.append(f"nothing says how much to keep: give one of {ways}")
+        if len(given) > 1:
+            found.append(f"{' and '.join(given)} both say how much to keep: give one of {ways}")
+        if isinstance(self.select, str) and self.select not in SELECTORS:
+            hint = did_you_mean(self.select, SELECTORS)
+            found.append(f"select is {self.select!r}{hint or ': use '}{'' if hint else 'optimal, greedy or a plan'}")
+        elif not isinstance(self.select, str | Plan | Greedy | Optimal):
+            found.append(f"select is a {type(self.select).__name__}: use 'optimal', 'greedy', a selector or a plan")
+        if self.plan is not None and self.plan.step != self.name:
+            found.append(f"the plan is for {self.plan.step}")
+        for value in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]:
+            if value is not None and not 0 < value <= 1:
+                found.append(f"ratio is {value}: it is the share of a layer's MACs to keep, above 0 and at most 1")
+        if self.data_aware and not task.has_calibration:
+            found.append("data_aware needs calibration data: give Task(calibration=...) or leave it out")
+        if (self.epochs or self.epochs_per_layer) and task.train is None:
+            found.append("epochs needs Task(train=...), which the task does not have")
+        if self.samples < 1 or self.epochs < 0 or self.epochs_per_layer < 0:
+            found.append("samples must be at least 1, and epochs at least 0")
+        names = list(weighted_layers(model))
+        return found + unmatched([*self.ignore, *self._patterns()], names)
+
+    def _patterns(self) -> list[str]:
+        """All layer patterns among the settings."""
+        values = (getattr(self, f) for f in self.__dataclass_fields__)
+        return [str(p) for v in values if isinstance(v, Mapping) for p in v]
+
+    # The work -------------------------------------------------------------------------------------------------------
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """Choose, then replace layer by layer in calling order, then mend."""
+        bench = _Bench(self, study)
+        yield from (Leave(name, reason) for name, reason in bench.left.items())
+        choosing = self.choose(bench)
+        bench.record(choosing)
+        yield from (Leave(name, "its cost is better spent as it is") for name in bench.kept(choosing.plan))
+        yield from bench.carry_out(choosing.plan, study.model)
+
+    def planned(self, study: Study) -> Choosing:
+        """What `edits` would choose, without changing anything but the study's notes and findings."""
+        bench = _Bench(self, study)
+        choosing = self.choose(bench)
+        bench.record(choosing)
+        return choosing
+
+    def choose(self, bench: _Bench) -> Choosing:
+        """The plan: the given one, the one the settings spell out, or the selector's."""
+        table = bench.table
+        if self.plan is not None:
+            for name, form in self.plan.layers.items():
+                if name in bench.left:
+                    raise RecipeError([f"{self.name}: the plan names {name!r}, but {bench.left[name]}"])
+                table.find(name, form)
+            ordered = {name: self.plan.layers[name] for name in table.options if name in self.plan.layers}
+            return Choosing(Plan(self.name, ordered), "manual")
+        if self.budget is None:
+            picked = {n: self.decided(n, options[1:], options[0].cost) for n, options in table.options.items()}
+            return Choosing(Plan(self.name, {n: o.form for n, o in picked.items() if o and o.form}), "manual")
+        selector = SELECTORS[self.select]() if isinstance(self.select, str) else cast(Selector, self.select)
+        return selector.choose(table, self.budget, bench, self.name)
+
+
+@dataclass
+class _Bench:
+    """One step at work on one model: its table, its trials, and the carrying out of a plan."""
+
+    step: Layerwise
+    study: Study
+    left: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def aware(self) -> bool:
+        """Whether the data has a say."""
+        wanted = self.step.data_aware
+        return self.study.task.has_calibration if wanted is None else wanted
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """The layers that can be replaced, in calling order; the others are listed in `left`."""
+        rows, original = self.study.profile.layers, self.study.original
+        self.left.update(obstacles(original, [n for n, row in rows.items() if row.calls], self.step.ignore))
+        able: dict[str, Layer] = {}
+        for name in [*(n for n in rows if n in set(layer_names(original))), *layer_names(original)]:
+            layer = original.get_submodule(name)
+            if name in self.left or name in able or not is_layer(layer):
+                continue
+            if (reason := self.step.unfit(layer)) is not None:
+                self.left[name] = reason
+            else:
+                able[name] = layer
+        return able
+
+    @cached_property
+    def statistics(self) -> Mapping[str, Statistics]:
+        """Of the original's layers; empty without data."""
+        task = self.study.task
+        if not task.has_calibration or not self.layers:
+            return {}
+        choosing = self.step.budget is not None
+        return self.study.statistics(self.layers, self.step.samples, gradients=choosing)
+
+    @cached_property
+    def table(self) -> Table:
+        """Every layer's options; layers without any go to `left`."""
+        rows, metrics = self.study.profile.layers, self.metrics
+        options: dict[str, tuple[Option, ...]] = {}
+        for name, layer in track(self.layers.items(), "weighing every layer's options", total=len(self.layers)):
+            row = rows[name]
+            found = self.step.options(name, layer, row.calls, self.statistics.get(name))
+            cheaper = [o for o in found if any(o.cost.metric(m) < row.cost.metric(m) for m in metrics)]
+            if cheaper:
+                options[name] = (Option(name, None, row.cost, 0.0), *cheaper)
+            else:
+                self.left[name] = "every option costs as much as the layer itself, or more"
+        return Table(options, self.study.profile.total, self.study.start)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The costs that count here."""
+        return list(self.step.budget.costs() if self.step.budget else ()) or ["macs"]
+
+    # Trials, as selectors ask for them ------------------------------------------------------------------------------
+
+    @property
+    def baseline(self) -> float:
+        """The score of the network as it is."""
+        return self.study.original_score
+
+    def score(self, plan: Plan) -> float:
+        """The score of a copy of the network made to the plan."""
+        trial = copy.deepcopy(self.study.original)
+        for edit in self.carry_out(plan, trial, train=False):
+            edit.apply(trial)
+        return self.study.scorer(trial)
+
+    def score_alone(self, option: Option) -> float:
+        """The score of the network with one layer changed; asked once, and kept on disk where the study has a store."""
+
+        def measure() -> float:
+            assert option.form is not None
+            layer = self.layers[option.layer]
+            values = self.step.values(layer, option.form, self.statistics.get(option.layer) if self.aware else None)
+            with self.replay.changed(Replace(option.layer, option.form, values)) as model:
+                return self.study.scorer(model)
+
+        return self.evaluations.ask(key(*self._identity, option.layer, repr(option.form)), measure)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Runs only what lies behind a changed layer."""
+        return Replay(self.study.original, self.study.task.inputs().on(self.study.original))
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        """Scores already measured."""
+        return Evaluations(self.study.store)
+
+    @cached_property
+    def _identity(self) -> tuple[str, ...]:
+        """What a score depends on beside the layer and its option: the model, the data, and how values are fitted."""
+        settings = f"{self.step.name} data_aware={self.aware} samples={self.step.samples} seed={self.study.seed}"
+        return (fingerprint(self.study.original), self.study.task.fingerprint(), repr(self.baseline), settings)
+
+    # Carrying out ---------------------------------------------------------------------------------------------------
+
+    def carry_out(self, plan: Plan, model: nn.Module, train: bool = True) -> Iterator[Edit]:
+        """The plan's edits in calling order, each fitted to what the model has become; then the mending.
+
+        Args:
+            plan: what to do.
+            model: where the caller applies the edits.
+            train: whether to fine-tune as the settings say.
+        """
+        task, step = self.study.task, self.step
+        for name, form in track(plan.layers.items(), "fitting layers", total=len(plan.layers)):
+            layer = self.layers[name]
+            yield Replace(name, form, step.values(layer, form, self._seen(name, model) if self.aware else None))
+            if train and step.epochs_per_layer:
+                finetune(model, task, step.epochs_per_layer)
+        if plan.layers:
+            self._mend(plan, model)
+        if train and step.epochs:
+            finetune(model, task, step.epochs)
+
+    def _seen(self, name: str, model: nn.Module) -> Statistics | None:
+        """A layer's statistics as the model is now: of its inputs after the layers already replaced."""
+        seen = self.statistics.get(name)
+        if seen is None or not self.step.asymmetric:
+            return seen
+        batches = self.study.task.batches(model, self.step.samples)
+        calls = len(self.study.profile.layers[name].calls)
+        now = gather_paired(self.study.original, model, name, batches, calls=calls, seed=self.study.seed)
+        return replace(now, gradients=seen.gradients, positions=seen.positions)
+
+    def _mend(self, plan: Plan, model: nn.Module) -> None:
+        """Re-estimate the batch norms behind the first replaced layer."""
+        task, samples = self.study.task, self.step.samples
+        if not task.has_calibration:
+            return
+        rows = list(self.study.profile.layers)
+        behind = set(rows[min(rows.index(name) for name in plan.layers) :])
+        if sum(inputs.batch_size for inputs in task.batches(model, samples)) < MENDING_SAMPLES:
+            return
+        divergence = Divergence(self.study.original, task, samples)
+        reestimate_batch_norm(model, lambda: task.batches(model, samples), divergence, behind)
+
+    # The record -----------------------------------------------------------------------------------------------------
+
+    def kept(self, plan: Plan) -> list[str]:
+        """Layers that could have been replaced, and were not chosen to be."""
+        return [name for name in self.table.options if name not in plan.layers]
+
+    def record(self, choosing: Choosing) -> None:
+        """Put what was chosen, and among what, into the study's findings."""
+        table, metric = self.table, choosing.metric
+
+        def point(option: Option, scores: Mapping[str, float]) -> Point:
+            whole = table.options[option.layer][0].cost.metric(metric)
+            score = self.baseline if option.form is None and scores else scores.get(str(option))
+            return Point(str(option), option.cost.metric(metric) / whole if whole else 1.0, option.loss, score)
+
+        choices = {}
+        for name, options in table.options.items():
+            scores = choosing.scores.get(name, {})
+            form = choosing.plan.layers.get(name)
+            shown = [*options[1:], options[0]]
+            stride = max(1, len(shown) // CURVE_POINTS)
+            curve = [o for i, o in enumerate(shown) if i % stride == 0 or str(o) in scores or o.form in (form, None)]
+            chosen = options[0] if form is None else table.find(name, form)
+            choices[name] = Choice(point(chosen, scores), tuple(point(o, scores) for o in curve))
+        plan = choosing.plan.to_json()["layers"]
+        self.study.findings.update(plan=plan, choices=choices, metric=metric, selected_by=choosing.by)
+        self.study.notes.extend(choosing.notes)
+
+
+def finetune(model: nn.Module, task: Task, epochs: float) -> None:
+    """Train the model in place with the task's own function.
+
+    Raises:
+        TaskError: train raised, or left values that are not finite.
+    """
+    assert task.train is not None
+    try:
+        task.train(model, epochs)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"train(model, {epochs}) raised {type(error).__name__}: {error}") from error
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise TaskError(f"train(model, {epochs}) left NaN or infinite weights: lower its learning rate")

@@ -1,0 +1,118 @@
+"""A step: one technique with its settings. Given a model it yields edits, which are data."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from torch import nn
+
+from featherweight.edits import Edit
+from featherweight.study import Study
+from featherweight.task import Task
+
+
+class Stage(IntEnum):
+    """What a step settles. A later stage never undoes an earlier one, so steps run in this order."""
+
+    SHAPE = 1  # what exists
+    MASK = 2  # what is zero
+    VALUES = 3  # which numbers
+    BYTES = 4  # how they are written
+
+
+@dataclass(frozen=True)
+class Step(ABC):
+    """One technique with its settings: a frozen dataclass whose fields are the settings."""
+
+    stage: ClassVar[Stage]
+
+    @property
+    def name(self) -> str:
+        """The step as recipes write it: its folder and its class, such as ``factorize.SVD``."""
+        folder = type(self).__module__.split(".")[-2:-1]  # none for a step that a script of the user's own defines
+        return ".".join([*folder, type(self).__name__])
+
+    @abstractmethod
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """The step's edits, one after the other. Each has been made, on ``study.model``, by the time this resumes.
+
+        Args:
+            study: the model to work on, its task, and what is known of both.
+        """
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        """All that keeps the step from running on this model, a sentence each; looked at before anything slow."""
+        hints = typing.get_type_hints(type(self))
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return [
+            f"{name} is {value!r}, a {type(value).__name__}: it takes {_in_words(hints[name])}"
+            for name, value in given.items()
+            if not fits(value, hints[name])
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, as JSON-ready data."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: plain(value)
+            for name, value in given.items()
+            if value != next(f.default for f in dataclasses.fields(self) if f.name == name)
+        }
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON-ready data: a dataclass as {its name: what differs from the defaults}, a tuple as a list."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        default = {f.name: f.default for f in dataclasses.fields(value)}
+        return {type(value).__name__.lower(): {k: plain(v) for k, v in given.items() if v != default[k]}}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return float(value) if isinstance(value, float) else value  # numpy's float is one too, but YAML knows it not
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a setting's value is of the annotated type; whole numbers serve where real ones are asked for."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
+        )
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if isinstance(value, bool):
+        return annotation is bool
+    if annotation is float:
+        return isinstance(value, int | float)
+    return isinstance(value, annotation)
+
+
+def _in_words(annotation: Any) -> str:
+    """A type as users say it: ``float | None | a mapping from layer pattern to float``."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_in_words(argument) for argument in arguments))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"{{layer pattern: {_in_words(arguments[1])}}}"
+    if origin is tuple:
+        return f"a list of {_in_words(arguments[0])}"
+    return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
