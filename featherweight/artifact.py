@@ -50,6 +50,7 @@ def save(
     Raises:
         ArtifactError: the state holds something that is no tensor, or the file cannot be written.
     """
+    check(model)
     tensors, same = _distinct(model.state_dict())
     metadata = {
         "format": FORMAT,
@@ -75,6 +76,17 @@ def save(
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} could not be written ({error}); what was there before is still there") from error
     return path.stat().st_size
+
+
+def check(model: nn.Module) -> None:
+    """See whether a file could hold the model, before the work that is to be kept in it.
+
+    Raises:
+        ArtifactError: its state holds something that is no tensor.
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ArtifactError(f"the model's state holds {name!r}, a {type(value).__name__}: only tensors are stored")
 
 
 def load(path: Where, into: nn.Module) -> tuple[list[Edit], Ledger, dict[str, Any]]:
@@ -129,13 +141,14 @@ def read(path: Where) -> tuple[dict[str, str], dict[str, Tensor]]:
 def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ArtifactError(f"{path} is a safetensors file, but none that Featherweight wrote")
-    if metadata.get("checksum") != _checksum_of(metadata):
-        raise ArtifactError(f"{path} is damaged: its metadata does not match its checksum; get the file again")
-    if int(metadata["version"]) > VERSION:
+    version = metadata.get("version", "")
+    if version.isdecimal() and int(version) > VERSION:
         raise ArtifactError(
-            f"{path} has format version {metadata['version']}, and this Featherweight reads up to {VERSION}: "
+            f"{path} has format version {version}, and this Featherweight reads up to {VERSION}: "
             "upgrade with pip install -U featherweight"
         )
+    if metadata.get("checksum") != _checksum_of(metadata):
+        raise ArtifactError(f"{path} is damaged: its metadata does not match its checksum; get the file again")
 
 
 def _check_fit(path: Where, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -153,14 +166,12 @@ def _check_fit(path: Where, model: nn.Module, state: Mapping[str, Tensor]) -> No
         raise ArtifactError(f"{path} does not fit this {type(model).__name__}: {'; '.join(problems[:5])}{more}")
 
 
-def _distinct(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor once, contiguous, and {name: name of the tensor that it is} for those that share one."""
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     at: dict[tuple[Any, ...], str] = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise ArtifactError(f"the model's state holds {name!r}, a {type(tensor).__name__}: only tensors are stored")
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in at:
             same[name] = at[place]
@@ -182,7 +193,7 @@ def _checksum_of(metadata: Mapping[str, str]) -> str:
 
 
 def _packed(data: Any) -> str:
-    """JSON, deflated: a ledger with its curves is as long as a small network's weights, and says much the same often."""
+    """JSON, deflated: a ledger with its curves is as long as a small network's weights, and repeats itself much."""
     return base64.b85encode(zlib.compress(json.dumps(data).encode(), 9)).decode()
 
 

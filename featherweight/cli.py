@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from torch import nn
 
 from featherweight import __version__
@@ -23,40 +24,51 @@ from featherweight.report import words, write
 from featherweight.report.table import table
 from featherweight.task import Task
 
-OUT = Console()
-NEWS = Console(stderr=True)
+# Columns where there is no terminal to ask: names of layers stay whole in files and pipes.
+PIPED_WIDTH = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 refused with a reason, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: NEWS.print(f"note: {message}", style="yellow", markup=False)
-    try:
-        options.command(options)
-    except (FeatherweightError, ValueError) as error:
-        NEWS.print(str(error), style="red", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        kept = getattr(options, "out", None)
-        more = f"; what was computed is kept in {kept}, and the same command goes on from there" if kept else ""
-        NEWS.print(f"interrupted{more}", markup=False)
-        return 130
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _tell(f"note: {message}", "yellow")
+        try:
+            options.command(options)
+        except (FeatherweightError, ValueError, OSError) as error:
+            _tell(str(error), "red")
+            return 1
+        except KeyboardInterrupt:
+            kept = getattr(options, "out", None)
+            more = f"; what was computed is kept in {kept}, and the same command goes on from there" if kept else ""
+            _tell(f"interrupted{more}")
+            return 130
     return 0
+
+
+def _show(result: RenderableType) -> None:
+    """What was asked for, to standard output."""
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(result, markup=False)
+
+
+def _tell(news: str, style: str = "") -> None:
+    """What happened on the way, to standard error."""
+    Console(stderr=True).print(news, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     model, task = _project(options.project)
-    OUT.print(inspect(model, task))
+    _show(inspect(model, task))
 
 
 def _plan(options: argparse.Namespace) -> None:
     model, task = _project(options.project)
     ledger = Recipe.load(options.recipe).plan(model, task, seed=options.seed, folder=options.out)
-    OUT.print(table(ledger))
+    _show(table(ledger))
     for number, plan in plans(ledger):
         path = Path(options.out) / f"plan-{number}.json"
         plan.save(path)
-        NEWS.print(f"{path}: edit it, and give it to the step as its 'select'", markup=False)
+        _tell(f"{path}: edit it, and give it to the step as its 'select'")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -65,20 +77,22 @@ def _run(options: argparse.Namespace) -> None:
     small = recipe.run(model, task, seed=options.seed, folder=options.out)
     out = Path(options.out)
     small.save(out / "model.fw")
-    if options.export:
-        small.export(options.export, out / f"model.{'onnx' if options.export == 'onnx' else 'pt2'}")
-    if options.time:
-        small.time(model, repeats=options.repeats)
-    small.ledger.save(out / "ledger.json")
-    small.report(out / "report.html")
-    OUT.print(table(small.ledger))
-    NEWS.print(f"{out / 'model.fw'}, {out / 'ledger.json'}, {out / 'report.html'}", markup=False)
+    try:
+        if options.export:
+            small.export(options.export, out / f"model.{'onnx' if options.export == 'onnx' else 'pt2'}")
+        if options.time:
+            small.time(model, repeats=options.repeats)
+    finally:  # the work is done: a runtime that fails takes nothing of its record away
+        small.ledger.save(out / "ledger.json")
+        small.report(out / "report.html")
+    _show(table(small.ledger))
+    _tell(f"{out / 'model.fw'}, {out / 'ledger.json'}, {out / 'report.html'}")
 
 
 def _report(options: argparse.Namespace) -> None:
     ledger = Ledger.load(options.ledger)
     if options.to is None:
-        OUT.print(table(ledger))
+        _show(table(ledger))
     else:
         write(ledger, options.to)
 
@@ -89,7 +103,7 @@ def _export(options: argparse.Namespace) -> None:
     small.example = task.inputs()
     check = small.export(options.format, options.to, dynamic_batch=not options.fixed_batch)
     size = words.size(check.bytes)
-    OUT.print(f"{options.to}: {size}, differs from the model by {check.difference:.1e}", markup=False)
+    _show(f"{options.to}: {size}, differs from the model by {check.difference:.1e}")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -98,25 +112,34 @@ def _bench(options: argparse.Namespace) -> None:
     timings = time_side_by_side(model, small.model, task.inputs(), options.runtime, options.repeats)
     for timing in timings:
         spread = f"{words.latency(timing.lower_ms)} to {words.latency(timing.upper_ms)}"
-        OUT.print(f"{timing.runtime:12} {timing.network:7} {words.latency(timing.median_ms):>9}  (quartiles {spread})")
+        _show(f"{timing.runtime:12} {timing.network:7} {words.latency(timing.median_ms):>9}  (quartiles {spread})")
 
 
 def _project(path: str) -> tuple[nn.Module, Task]:
     """The model and task that a project file makes.
 
     Raises:
-        TaskError: the file is missing, or does not define ``model()`` and ``task()``.
+        TaskError: the file is missing, fails, or does not define ``model()`` and ``task()``.
     """
-    file = Path(path)
+    file = Path(path).resolve()
     if not file.is_file():
         raise TaskError(f"there is no file {path}: give a Python file that defines model() and task()")
     specification = importlib.util.spec_from_file_location(file.stem, file)
-    assert specification is not None
-    assert specification.loader is not None
+    if specification is None or specification.loader is None:
+        raise TaskError(f"{path} is no Python file: give one that defines model() and task()")
     module = importlib.util.module_from_spec(specification)
-    sys.path.insert(0, str(file.parent.resolve()))
-    specification.loader.exec_module(module)
-    model, task = (_made(module, name, path) for name in ("model", "task"))
+    sys.modules[file.stem] = module  # as an import would, for whatever asks a class or function where it comes from
+    sys.path.insert(0, str(file.parent))
+    try:
+        specification.loader.exec_module(module)
+        model, task = (_made(module, name, path) for name in ("model", "task"))
+    except FeatherweightError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        calls = traceback.extract_tb(error.__traceback__)
+        own = [call for call in calls if Path(call.filename).parent == file.parent]
+        where = f", in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+        raise TaskError(f"{path} failed: {type(error).__name__}: {error}{where}") from error
     if not isinstance(model, nn.Module):
         raise TaskError(f"model() in {path} returned a {type(model).__name__}, not an nn.Module")
     if not isinstance(task, Task):

@@ -71,7 +71,7 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str]) ->
         elif (reason := _own_behaviour(layer)) is not None:
             found[name] = reason
         elif (shared := _shared_with(model, name, layer, owners)) is not None:
-            found[name] = f"its weight is shared with {shared}"
+            found[name] = shared
         elif name not in called:
             found[name] = "the example never calls it: it is unused, or another module uses its weight directly"
         elif not layer.weight.is_floating_point() or layer.weight.is_complex():
@@ -82,7 +82,11 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str]) ->
 def _own_behaviour(layer: Layer) -> str | None:
     """What a replacement would lose: a forward of the user's own, or hooks."""
     standard = next(kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind))
-    if type(layer).forward is not standard.forward or "forward" in vars(layer):
+    # A convolution's forward is in two parts, either of which a subclass may have its own of.
+    own = any(
+        getattr(type(layer), part, None) is not getattr(standard, part, None) for part in ("forward", "_conv_forward")
+    )
+    if own or "forward" in vars(layer):
         return f"{type(layer).__name__} has a forward of its own, which a replacement would lose"
     if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "it has hooks, which a replacement would lose"
@@ -90,10 +94,11 @@ def _own_behaviour(layer: Layer) -> str | None:
 
 
 def _shared_with(model: nn.Module, name: str, layer: Layer, owners: Mapping[int, Sequence[str]]) -> str | None:
-    """The name of another parameter that is this layer's weight too; the same layer under two names is no other."""
+    """Which of the layer's parameters is another's too; the same layer under two names is no other."""
     for part, parameter in layer.named_parameters():
         for other in owners.get(id(parameter), ()):
-            module, _, _ = other.rpartition(".")
-            if other != f"{name}.{part}" and model.get_submodule(module.removesuffix(".parametrizations")) is not layer:
-                return other
+            module, parametrized, _ = other.partition(".parametrizations.")
+            module = module if parametrized else other.rpartition(".")[0]
+            if other != f"{name}.{part}" and model.get_submodule(module) is not layer:
+                return f"its {'bias' if part == 'bias' else 'weight'} is shared with {other}"
     return None

@@ -39,20 +39,33 @@ def reestimate_batch_norm(
     before = distance(model)
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
+    nearer = False
+    try:
+        _average(model, norms, batches())
+        nearer = distance(model) < before
+    finally:
+        for norm, momentum, old in zip(norms, momenta, kept, strict=True):
+            norm.momentum = momentum
+            for name, buffer in norm.named_buffers():
+                if not nearer or name == "num_batches_tracked":
+                    buffer.copy_(old[name])
+    return nearer
+
+
+def _average(model: nn.Module, norms: Collection[_BatchNorm], batches: Iterable[Inputs]) -> None:
+    """Give batch norms the means over samples of every batch's own statistics, in place."""
+    samples = 0
     with torch.no_grad(), mode(model, training=False):
         for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over all batches
             norm.training = True
-        for inputs in track(batches(), "re-estimating batch-norm statistics"):
-            inputs.into(model)
-    nearer = distance(model) < before
-    for norm, momentum, old in zip(norms, momenta, kept, strict=True):
-        norm.momentum = momentum
-        for name, buffer in norm.named_buffers():
-            if not nearer or name == "num_batches_tracked":
-                buffer.copy_(old[name])
-    return nearer
+        for inputs in track(batches, "re-estimating batch-norm statistics"):
+            for norm in norms:
+                norm.momentum = inputs.batch_size / (samples + inputs.batch_size)
+            try:
+                inputs.into(model)
+            except ValueError:  # one value a channel, as in a last batch of one sample, has no variance
+                continue
+            samples += inputs.batch_size
 
 
 def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: Statistics) -> Tensor:

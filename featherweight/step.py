@@ -115,4 +115,6 @@ def _in_words(annotation: Any) -> str:
         return f"{{layer pattern: {_in_words(arguments[1])}}}"
     if origin is tuple:
         return f"a list of {_in_words(arguments[0])}"
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
     return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))

@@ -159,10 +159,8 @@ class Task:
         if not first and self.calibration != ():
             return ["calibration is empty: give at least one batch, or leave it out to go without data"]
         if first and not _equal(tensors_in(first), tensors_in(again)):
-            return [
-                "calibration gives other batches each time it is read, and answers are compared batch by batch: "
-                "give a loader with shuffle=False and without augmentation, or a list of its batches"
-            ]
+            problem = "calibration gives other batches each time it is read, and answers are compared batch by batch"
+            return [f"{problem}: give a loader with shuffle=False and no augmentation, or a list of its batches"]
         return []
 
     def _bad_functions(self) -> list[str]:
@@ -265,7 +263,7 @@ def _source(value: Any) -> str:
         case str() | int() | float() | bytes() | None:
             return repr(value)
     # Of anything else only its kind: a representation may hold an address, which differs from run to run.
-    call = getattr(type(value), "__call__", None)
+    call = vars(type(value)).get("__call__")
     return f"{type(value).__qualname__} {_source(call) if isinstance(call, types.FunctionType) else ''}"
 
 

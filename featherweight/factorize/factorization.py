@@ -66,7 +66,8 @@ class Factorization(Layerwise):
         return next((o for o in options if o.form == wanted), None)
 
     def options(self, name: str, layer: Layer, calls: Sequence[LayerCall], seen: Statistics | None) -> list[Option]:
-        seen = seen if seen is None or layer.bias is None else seen.centred()
+        # A bias that is corrected takes care of the means; without data it is not.
+        seen = seen if seen is None or layer.bias is None or self.data_aware is False else seen.centred()
         known = blocks(layer.weight, groups(layer), self.first_axes(layer), seen)
         plain = replace(known, gram=None, gradients=None)
         losses = predicted_losses(known, factors(known if self.data_aware is not False else plain)).tolist()

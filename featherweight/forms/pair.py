@@ -30,9 +30,9 @@ class LinearPair(FormModule):
         self.second = uninitialised(nn.Linear, rank, layer.out_features, bias=has_bias, **place)
         inherit(self, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as the Linear's, which may be called by keyword
         """(..., inputs) → (..., outputs)."""
-        return cast(Tensor, self.second(self.first(x)))
+        return cast(Tensor, self.second(self.first(input)))
 
     @property
     def weight(self) -> Tensor:
@@ -75,9 +75,9 @@ class ConvPair(FormModule):
         self.second = along(layer, middle, layer.out_channels, second_axes, bias=has_bias, device=device)
         inherit(self, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(samples, inputs, *positions) → (samples, outputs, *positions)."""
-        return cast(Tensor, self.second(self.first(x)))
+        return cast(Tensor, self.second(self.first(input)))
 
     @property
     def weight(self) -> Tensor:

@@ -11,6 +11,7 @@ from featherweight.errors import BudgetError
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
 _JOULES = {"j": 1.0, "mj": 1e-3, "uj": 1e-6, "µj": 1e-6, "nj": 1e-9}
+_SUFFIX = {"macs": "macs?", "params": "params?", "bytes": "b|bytes?", "energy": ""}  # what a unit may end in
 _SAMPLE = {"macs": "'200 M'", "params": "'1.5 M'", "bytes": "'5 MB'", "energy": "'3 mJ'"}
 
 Limit = float | int | str
@@ -74,11 +75,12 @@ def _absolute(metric: str, limit: Limit, whole: float) -> float:
     """A limit in the metric's own units."""
     units = _JOULES if metric == "energy" else _UNITS
     if isinstance(limit, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-zµ]*)\s*", limit, re.IGNORECASE)
-        unit = "" if match is None else re.sub(r"(bytes|byte|b|macs|mac|params)$", "", match[2].lower())
+        number = r"(\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+        match = re.fullmatch(rf"\s*(?P<number>{number})\s*(?P<unit>[a-zµ]*)\s*", limit, re.IGNORECASE)
+        unit = "" if match is None else re.sub(f"({_SUFFIX[metric]})$", "", match["unit"].lower())
         if match is None or unit not in units:
             raise BudgetError(f"{metric} is {limit!r}: write a number and a unit, such as {_SAMPLE[metric]}")
-        value = float(match[1]) * units[unit]
+        value = float(match["number"]) * units[unit]
     elif isinstance(limit, bool) or not isinstance(limit, int | float):
         raise BudgetError(
             f"{metric} is {limit!r}, a {type(limit).__name__}: give a number or a string as {_SAMPLE[metric]}"

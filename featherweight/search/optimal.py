@@ -7,6 +7,7 @@ Efficient bit allocation for an arbitrary set of quantizers, IEEE Trans. ASSP 36
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ class Optimal:
         if budget.costs():
             raise BudgetError(
                 f"at {budget} the score drops by {drop:.4g}: "
-                f"the nearest budget that keeps the drop is {metric}={share:.3g}"
+                f"the nearest budget found that keeps the drop is {metric}={rounded_up(share):g}"
             )
         return Choosing(plan, "optimal", metric, notes=notes)
 
@@ -85,12 +86,31 @@ def cheapest_share(table: Table, metric: str) -> float:
     return (table.now.metric(metric) - saved) / table.start.metric(metric)
 
 
+def check(table: Table, budget: Budget) -> None:
+    """Every limit can be met by itself; looks at costs alone, so it can be asked before anything is predicted.
+
+    Raises:
+        BudgetError: one cannot; the message names the nearest that can.
+    """
+    short = []
+    for metric, limit in budget.limits({m: table.start.metric(m) for m in budget.costs()}).items():
+        whole, share = table.start.metric(metric), cheapest_share(table, metric)
+        if share * whole > limit * (1 + 1e-9):
+            short.append(
+                f"{metric} cannot go below {rounded_up(share):g} of the original's "
+                f"({rounded_up(share * whole, 6):.6g}), and {limit / whole:.3g} ({limit:.6g}) was asked for"
+            )
+    if short:
+        raise BudgetError("; ".join(short) + ": ask for no less, or let more layers be replaced")
+
+
 def within(table: Table, budget: Budget, step: str) -> tuple[Plan, tuple[str, ...]]:
     """The plan of least predicted loss whose costs keep to the budget, and what the user should know of it.
 
     Raises:
         BudgetError: even the cheapest plan costs more.
     """
+    check(table, budget)
     whole = {metric: table.start.metric(metric) for metric in budget.costs()}
     limits = budget.limits(whole)
     layers = list(table.options)
@@ -98,17 +118,12 @@ def within(table: Table, budget: Budget, step: str) -> tuple[Plan, tuple[str, ..
     losses = [np.array([o.loss for o in table.options[n]]) for n in layers]
     fixed = np.array([table.now.metric(m) for m in limits]) - sum((c[0] for c in costs), np.zeros(len(limits)))
     room = np.array(list(limits.values())) - fixed
-    least = sum((c.min(0) for c in costs), np.zeros(len(limits)))
-    if short := [
-        f"{metric} cannot go below {(fixed[k] + least[k]) / whole[metric]:.3f} of the original's "
-        f"({fixed[k] + least[k]:.6g}), and {limits[metric] / whole[metric]:.3f} ({limits[metric]:.6g}) was asked for"
-        for k, metric in enumerate(limits)
-        if least[k] > room[k] * (1 + 1e-9)
-    ]:
-        raise BudgetError("; ".join(short) + ": ask for no less, or let more layers be replaced")
     chosen = allocate(costs, losses, room)
     if chosen is None:
-        raise BudgetError(f"no plan keeps to all of {budget} at once: relax one of the limits")
+        nearest = _nearest(costs, losses, room, fixed, whole)
+        raise BudgetError(
+            f"no plan was found that keeps to all of {budget} at once: the nearest that can be is {nearest}"
+        )
     forms = {n: table.options[n][i].form for n, i in zip(layers, chosen, strict=True)}
     plan = Plan(step, {n: f for n, f in forms.items() if f is not None})
     return plan, _shortfall(table, plan, limits)
@@ -125,7 +140,8 @@ def allocate(costs: list[Array], losses: list[Array], room: Array) -> list[int] 
         losses: by layer, (options,).
         room: (metrics,), greater than 0.
     Returns:
-        Indices of the chosen options by layer, or None where no price found a plan that fits.
+        Indices of the chosen options by layer, or None where no plan was found that fits. With one metric there is
+        then none; with several, there hardly ever is.
     """
     if not costs:
         return [] if bool((room >= 0).all()) else None
@@ -142,8 +158,11 @@ def allocate(costs: list[Array], losses: list[Array], room: Array) -> list[int] 
                 best = loss, chosen
         used = _total(costs, chosen if chosen is not None else [int(p.argmin()) for p in prices]) / room
         weights = weights * np.exp(2.0 * (used - used.max()))
-        weights = weights / weights.sum()
-    return None if best is None else best[1]
+        weights = np.maximum(weights / weights.sum(), 1e-6)
+    if best is not None:
+        return best[1]
+    squeezed = _squeezed(costs, room)
+    return None if squeezed is None else _fill(squeezed, costs, losses, room)
 
 
 def _at_lowest_price(prices: list[Array], losses: list[Array], costs: list[Array], room: Array) -> list[int] | None:
@@ -157,13 +176,65 @@ def _at_lowest_price(prices: list[Array], losses: list[Array], costs: list[Array
     if bool((_total(costs, choose(high)) > room * (1 + 1e-12)).any()):
         cheapest = [int(price.argmin()) for price in prices]
         return cheapest if bool((_total(costs, cheapest) <= room * (1 + 1e-12)).all()) else None
-    for _ in range(100):
+    for _ in range(60):
         middle = (low + high) / 2
         if bool((_total(costs, choose(middle)) > room * (1 + 1e-12)).any()):
             low = middle
         else:
             high = middle
     return choose(high)
+
+
+def _squeezed(costs: list[Array], room: Array) -> list[int] | None:
+    """A plan that fits, whatever it loses: one or two layers' options are exchanged while that lowers the excess."""
+    layer = np.repeat(np.arange(len(costs)), [len(cost) for cost in costs])
+    option = np.concatenate([np.arange(len(cost)) for cost in costs])
+    shares = np.concatenate(costs) / room
+    chosen = np.array([int((cost / room).max(1).argmin()) for cost in costs])
+    while True:
+        total = _total(costs, list(chosen)) / room
+        excess = float(np.maximum(total - 1, 0).sum())
+        if bool((total <= 1 + 1e-12).all()):
+            return [int(i) for i in chosen]
+        now = np.array([cost[i] for cost, i in zip(costs, chosen, strict=True)]) / room
+        moves = shares - now[layer]
+        best, found = excess - 1e-12, (-1, -1)
+        for first in range(len(moves)):
+            # A layer's move to the option that it has already leaves the other move by itself.
+            after = np.maximum(total + moves[first] + moves - 1, 0).sum(1)
+            after[layer == layer[first]] = np.inf
+            second = int(after.argmin())
+            if after[second] < best:
+                best, found = float(after[second]), (first, second)
+        if found == (-1, -1):
+            return None
+        for move in found:
+            chosen[layer[move]] = option[move]
+
+
+def _nearest(costs: list[Array], losses: list[Array], room: Array, fixed: Array, whole: dict[str, float]) -> str:
+    """The limits, all wider by the same factor, at which a plan is found, as shares of the original's."""
+    limits, now, start = room + fixed, fixed + sum(cost[0] for cost in costs), np.array(list(whole.values()))
+
+    def widened(factor: float) -> list[float]:
+        return [rounded_up(share) for share in np.minimum(limits * factor, now) / start]
+
+    low, high = 1.0, float((now / limits).max())  # at the upper end everything can stay as it is
+    while high / low > 1.005:
+        middle = math.sqrt(low * high)
+        if allocate(costs, losses, widened(middle) * start - fixed) is None:
+            low = middle
+        else:
+            high = middle
+    return ", ".join(f"{metric}={share:g}" for metric, share in zip(whole, widened(high), strict=True))
+
+
+def rounded_up(value: float, digits: int = 3) -> float:
+    """The next number of so many significant digits that is not below `value`: a limit that is named must hold."""
+    if value <= 0:
+        return 0.0
+    step = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.ceil(value / step - 1e-9) * step:.{digits}g}")
 
 
 def _fill(chosen: list[int], costs: list[Array], losses: list[Array], room: Array) -> list[int]:

@@ -52,7 +52,8 @@ class Table:
         """What the network costs under a plan."""
         total = self.now
         for layer, form in plan.layers.items():
-            total = total - self.options[layer][0].cost + self.find(layer, form).cost
+            option = self.find(layer, form)
+            total = total - self.options[layer][0].cost + option.cost
         return total
 
     def loss(self, plan: Plan) -> float:

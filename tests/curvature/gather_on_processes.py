@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.batch import Inputs
-from featherweight.curvature.gram import Statistics, classifier_loss, gather, gather_paired
+from featherweight.curvature.gram import Statistics, gather, gather_paired
 
 
 class Sometimes(nn.Module):
@@ -44,7 +44,7 @@ def all_statistics() -> dict[str, Statistics]:
     with torch.no_grad():
         changed.conv.weight.mul_(0.9)
     layers = {"conv": model.conv, "rare": model.rare, "head": model.head}
-    # Every process draws its own labels: a loss without them makes gradients comparable.
+    # Every process would draw labels of its own: a loss without labels is the same for all.
     found = {f"five {n}": s for n, s in gather(model, layers, batches(5), gradients=squares, effort=99).items()}
     found |= {f"one {n}": s for n, s in gather(model, layers, batches(1), gradients=squares, effort=99).items()}
     found["paired"] = gather_paired(model, changed, "head", batches(5), effort=99)
@@ -58,6 +58,5 @@ def squares(outputs: Tensor, generator: torch.Generator) -> Tensor:
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
-    classifier_loss(1)
     torch.save(all_statistics(), Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

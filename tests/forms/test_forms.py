@@ -1,4 +1,4 @@
-"""Low-rank and separable layers: what they compute, against the one convolution that has their product as its kernel."""
+"""Low-rank and separable layers: what they compute, against a convolution that has their product as its kernel."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def test_a_pair_computes_what_its_product_does_for_every_convolution(
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.integers(1, 4), max_size=3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 7), st.booleans()
-)
+@given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 7), st.booleans())
 def test_a_linear_pair_computes_what_its_product_does(
     leading: list[int], inputs: int, outputs: int, rank: int, bias: bool
 ) -> None:
@@ -97,9 +95,7 @@ def test_a_linear_pair_computes_what_its_product_does(
 
 @pytest.mark.parametrize(("kernel", "padding"), [((4, 2), "same"), ((3, 5), "same"), ((3, 3), "valid")])
 @pytest.mark.parametrize("multiplier", [1, 2])
-def test_a_depthwise_pair_keeps_each_channel_to_itself(
-    kernel: tuple[int, int], padding: str, multiplier: int
-) -> None:
+def test_a_depthwise_pair_keeps_each_channel_to_itself(kernel: tuple[int, int], padding: str, multiplier: int) -> None:
     conv = nn.Conv2d(3, 3 * multiplier, kernel, padding=padding, groups=3, dtype=torch.float64)
     pair = drawn(Separable(2).build(conv))
     x = torch.randn(1, 3, 7, 8, dtype=torch.float64)

@@ -1,0 +1,41 @@
+"""How a benchmark says what it found: a Markdown table with the machine, the versions and the date."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from featherweight.ledger import machine
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+
+def publish(name: str, what: str, lines: Sequence[str], write: bool) -> None:
+    """Print a benchmark's lines under a heading, and keep them in ``results/NAME.md`` where asked.
+
+    Args:
+        name: the script's name.
+        what: the script's docstring; its first line is the heading.
+        lines: Markdown.
+        write: whether to keep them.
+    """
+    when = datetime.date.today().isoformat()
+    where = f"{processor()}, {machine()}; torch {version('torch')}, featherweight {version('featherweight')}; {when}."
+    text = "\n".join(
+        [f"# {what.strip().splitlines()[0]}", "", f"`python benchmarks/{name}.py` on {where}", "", *lines, ""]
+    )
+    print(text)
+    if write:
+        FOLDER.mkdir(exist_ok=True)
+        (FOLDER / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown processor"
+    return next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "unknown")

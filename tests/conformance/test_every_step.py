@@ -1,0 +1,355 @@
+"""What holds for every step, found by walking the folders: a new technique is tested the day it is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, assert_same_state, make, task_of, train
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import featherweight as fw
+from featherweight import edits as editing
+from featherweight import factorize
+from featherweight.batch import as_inputs
+from featherweight.cost.count import profile
+from featherweight.edits import Replace
+from featherweight.errors import NoEffect
+from featherweight.layers import layer_names
+from featherweight.layerwise import Layerwise
+from featherweight.ledger import Ledger
+from featherweight.recipe import every_step
+from featherweight.step import Step
+
+LAYERWISE: dict[str, dict[str, Any]] = {
+    "optimal": {"budget": fw.Budget(macs=0.6)},
+    "greedy": {"budget": fw.Budget(params=0.7), "select": fw.Greedy(candidates=4)},
+    "ratio": {"ratio": 0.5},
+    "rank": {"rank": 2},
+    "without data": {"ratio": 0.5, "data_aware": False},
+    "trained": {"ratio": 0.5, "epochs_per_layer": 1, "epochs": 2, "multiple_of": 2},
+}
+# The settings that every step is tested with. What one is tested with says what a user can rely on.
+SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
+    factorize.SVD: LAYERWISE,
+    factorize.SpatialSVD: {**LAYERWISE, "the other axis": {"ratio": 0.5, "axis": 1}},
+}
+# Networks in which a step finds nothing to change, or not in these settings.
+NOTHING_IN = {
+    (factorize.SpatialSVD, None, "transformer"),
+    (factorize.SpatialSVD, "the other axis", "temporal"),
+}
+
+CASES = [
+    pytest.param(step, settings, network, id=f"{step.__name__}-{settings}-{network}".replace(" ", "_"))
+    for step, table in SETTINGS.items()
+    for settings in table
+    for network in NETWORKS
+    if not {(step, None, network), (step, settings, network)} & NOTHING_IN
+]
+every_case = pytest.mark.parametrize(("step", "settings", "network"), CASES)
+every_kind = pytest.mark.parametrize(
+    ("step", "network"),
+    [pytest.param(*case.values[::2], id=case.id) for case in CASES if case.values[1] == "ratio"],
+)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One run, and what the caller had before it."""
+
+    original: nn.Module
+    before: dict[str, Any]
+    compressed: fw.Compressed
+
+
+def look(model: nn.Module) -> dict[str, Any]:
+    """All of a model that must stay as it was."""
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "parameters": {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters()},
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "hooks": {
+            name: [len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")]
+            for name, module in model.named_modules()
+        },
+    }
+
+
+def run(step: type[Step], settings: str, network: str) -> Ran:
+    model = make(NETWORKS[network])
+    model.train()
+    next(model.children()).eval()
+    first, *_, last = model.parameters()
+    first.grad, last.requires_grad = torch.ones_like(first), False
+    before = look(model)
+    task = task_of(model, train=train)
+    return Ran(model, before, fw.compress(model, step(**SETTINGS[step][settings]), task=task))
+
+
+ran = cache(run)
+
+
+def answers(model: nn.Module, network: str) -> torch.Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(NETWORKS[network].data(5))
+
+
+def test_every_step_found_has_settings_to_be_tested_with():
+    assert set(every_step().values()) == set(SETTINGS)
+
+
+@every_case
+def test_the_callers_model_is_untouched(step, settings, network):
+    case = ran(step, settings, network)
+    before, after = case.before, look(case.original)
+    for name, tensor in before["state"].items():
+        assert torch.equal(tensor, after["state"][name]), name
+    for name, gradient in before["gradients"].items():
+        now = after["gradients"][name]
+        assert now is None if gradient is None else torch.equal(now, gradient), name
+    for part in ("modules", "parameters", "training", "hooks"):
+        assert after[part] == before[part], part
+    held = [{t.data_ptr() for t in model.state_dict().values()} for model in (case.original, case.compressed.model)]
+    assert not held[0] & held[1], "the result must not hold the caller's tensors"
+
+
+@every_case
+def test_something_was_changed_and_every_layer_accounted_for(step, settings, network):
+    case = ran(step, settings, network)
+    (entry,) = case.compressed.ledger.steps
+    changed = {edit["layer"] for edit in entry.edits}
+    assert changed
+    assert entry.after.total.params < entry.before.total.params
+    assert changed | set(entry.left) == set(layer_names(case.original))
+    assert not changed & set(entry.left)
+    assert all(entry.left.values()), "a layer that stays has a reason"
+
+
+@every_case
+def test_the_same_seed_gives_the_same_result(step, settings, network):
+    torch.rand(3)  # the caller's own random numbers have no say
+    state = torch.random.get_rng_state()
+    again = run(step, settings, network).compressed
+    assert torch.equal(torch.random.get_rng_state(), state), "nor are they disturbed"
+    first = ran(step, settings, network).compressed
+    assert again.edits == first.edits
+    assert_same_state(again.model, first.model)
+
+
+@every_case
+def test_settings_survive_yaml_and_json(step, settings, network):
+    recipe = fw.Recipe(step(**SETTINGS[step][settings]), step(**SETTINGS[step]["ratio"]))
+    assert fw.Recipe.from_yaml(recipe.to_yaml()) == recipe
+    # JSON is YAML too.
+    items = [{s.name: json.loads(json.dumps(s.settings()))} for s in recipe.steps]
+    assert fw.Recipe.from_yaml(json.dumps({"steps": items})) == recipe
+
+
+@every_case
+def test_a_fresh_model_loads_the_file_and_gives_the_same_answers(step, settings, network, tmp_path):
+    case = ran(step, settings, network)
+    size = case.compressed.save(tmp_path / "small.fw")
+    assert size == (tmp_path / "small.fw").stat().st_size
+    loaded = fw.load(tmp_path / "small.fw", into=make(NETWORKS[network], seed=1))
+    assert torch.equal(answers(loaded.model, network), answers(case.compressed.model, network))
+    assert_same_state(loaded.model, case.compressed.model)
+    assert list(loaded.edits) == list(case.compressed.edits)
+    assert loaded.ledger.steps == case.compressed.ledger.steps
+    assert loaded.example.tensors()[0].shape == case.compressed.example.tensors()[0].shape
+
+
+@every_case
+def test_edits_replayed_on_a_fresh_model_give_the_same_answers(step, settings, network):
+    case = ran(step, settings, network)
+    written = json.loads(json.dumps([edit.to_json() for edit in case.compressed.edits]))
+    fresh = make(NETWORKS[network], seed=1)
+    editing.replay(fresh, [editing.from_json(edit) for edit in written])
+    fresh.load_state_dict(case.compressed.model.state_dict())
+    assert torch.equal(answers(fresh, network), answers(case.compressed.model, network))
+
+
+@every_case
+def test_costs_in_the_ledger_are_those_of_the_models(step, settings, network):
+    case = ran(step, settings, network)
+    (entry,) = case.compressed.ledger.steps
+    for model, said in ((case.original, entry.before), (case.compressed.model, entry.after)):
+        assert said.total.params == sum(p.numel() for p in model.parameters())
+        kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        assert said.total.bytes == sum(t.numel() * t.element_size() for t in kept.values())
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:  # PyTorch's own
+            copy.deepcopy(model).eval()(NETWORKS[network].data(1))
+        assert 2 * said.total.macs == counter.get_total_flops()
+        assert sum(row.params for row in said.layers.values()) == said.total.params
+    assert set(entry.before.layers) == set(entry.after.layers)
+
+
+@every_case
+def test_a_chosen_option_costs_what_the_table_said(step, settings, network):
+    case = ran(step, settings, network)
+    (entry,) = case.compressed.ledger.steps
+    assert {edit["layer"] for edit in entry.edits} <= set(entry.choices)
+    for name, choice in entry.choices.items():
+        before, after = (getattr(moment.layers[name], entry.metric) for moment in (entry.before, entry.after))
+        assert choice.chosen.share * before == pytest.approx(after, rel=1e-12), name
+        assert choice.chosen in choice.curve
+
+
+@every_kind
+def test_every_option_costs_after_it_is_applied_what_it_said_before(step, network):
+    model = make(NETWORKS[network])
+    example = as_inputs(NETWORKS[network].data(1))
+    rows = profile(model, example).layers
+    technique = step(ratio=0.5)
+    assert isinstance(technique, Layerwise)
+    priced = 0
+    for name in layer_names(model):
+        layer = model.get_submodule(name)
+        if technique.unfit(layer) is not None:
+            continue
+        options = technique.options(name, layer, rows[name].calls, None)
+        costs = [option.cost.macs for option in options]
+        assert costs == sorted(costs)
+        for option in {options[0], options[len(options) // 2], options[-1]}:
+            changed = copy.deepcopy(model)
+            Replace(name, option.form, technique.values(layer, option.form, None)).apply(changed)
+            found = profile(changed, example).layers[name].cost
+            assert found == option.cost, (name, str(option))
+            priced += 1
+    assert priced
+
+
+@every_case
+def test_the_ledger_survives_json(step, settings, network):
+    ledger = ran(step, settings, network).compressed.ledger
+    written = json.dumps(ledger.to_json(), allow_nan=False)
+    assert Ledger.from_json(json.loads(written)) == ledger
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        fw.Budget(macs=0.6),
+        fw.Budget(params=0.5),
+        fw.Budget(bytes=0.7),
+        fw.Budget(energy=0.9),
+        fw.Budget(macs=0.7, params=0.5),
+        fw.Budget(macs=0.5, bytes=0.8),
+    ],
+    ids=str,
+)
+@every_kind
+def test_a_budget_is_met_from_below_and_used_up(step, network, budget):
+    model = make(NETWORKS[network])
+    task = task_of(model, 16)
+    compressed = fw.compress(model, step(budget=budget), task=task)
+    (entry,) = compressed.ledger.steps
+    before, after = (profile(m, task.inputs()).total for m in (model, compressed.model))
+    used = {m: after.metric(m) / (share * before.metric(m)) for m, share in budget.costs().items()}
+    assert max(used.values()) <= 1 + 1e-9, used
+    short = [note for note in entry.notes if "of the limit" in note]
+    assert max(used.values()) >= 0.99 or short, used
+
+
+@every_kind
+def test_nothing_to_do_is_said(step, network):
+    model = make(NETWORKS[network])
+    with pytest.warns(NoEffect, match=f"{step.__name__} changed nothing: .*ignored, as asked"):
+        compressed = fw.compress(model, step(ratio=0.5, ignore=("*",)), task=task_of(model))
+    (entry,) = compressed.ledger.steps
+    assert "nothing was changed" in entry.notes
+    assert entry.edits == ()
+    assert set(entry.left.values()) == {"ignored, as asked"}
+    assert set(entry.left) == set(layer_names(model))
+    assert entry.before == entry.after
+    assert_same_state(compressed.model, model)
+
+
+@pytest.mark.parametrize("step", SETTINGS, ids=lambda step: step.__name__)
+def test_a_network_without_any_layer_is_no_mistake(step):
+    model = nn.Sequential(nn.ReLU(), nn.Flatten())
+    with pytest.warns(NoEffect, match="changed nothing"):
+        compressed = fw.compress(model, step(ratio=0.5), task=fw.Task(torch.randn(1, 3, 4)))
+    assert compressed.ledger.steps[0].left == {}
+
+
+@every_case
+def test_the_result_can_be_trained_and_copied(step, settings, network):
+    original = ran(step, settings, network)
+    model = copy.deepcopy(original.compressed.model)
+    assert torch.equal(answers(model, network), answers(original.compressed.model, network))
+    model.train()
+    model(NETWORKS[network].data(4)).square().mean().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in trained)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    torch.optim.SGD(trained, lr=0.01).step()
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@every_case
+def test_what_was_frozen_or_in_training_still_is(step, settings, network):
+    case = ran(step, settings, network)
+    made = dict(case.compressed.model.named_modules())
+    for name, module in case.original.named_modules():
+        assert made[name].training == module.training, name
+    frozen = [name for name, p in case.original.named_parameters() if not p.requires_grad]
+    assert frozen == ["last.bias" if network == "temporal" else "head.bias"]
+    now_frozen = {name for name, p in case.compressed.model.named_parameters() if not p.requires_grad}
+    assert now_frozen <= {*frozen, "head.second.bias", "last.second.bias"}
+    assert len(now_frozen) == 1
+
+
+@every_kind
+def test_the_result_can_be_exported_by_torch(step, network):
+    model = copy.deepcopy(ran(step, "ratio", network).compressed.model).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's own, about its own
+        program = torch.export.export(model, (NETWORKS[network].data(3),))
+    torch.testing.assert_close(program.module()(NETWORKS[network].data(3)), model(NETWORKS[network].data(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@every_kind
+def test_type_and_device_stay(step, network, dtype, tmp_path):
+    model = make(NETWORKS[network]).to(dtype)
+    task = task_of(model, 16)
+    compressed = fw.compress(model, step(ratio=0.6), task=task)
+    floating = [t for t in (*compressed.model.parameters(), *compressed.model.buffers()) if t.is_floating_point()]
+    assert {t.dtype for t in floating} == {dtype}
+    assert {t.device for t in floating} == {torch.device("cpu")}
+    compressed.save(tmp_path / "small.fw")
+    loaded = fw.load(tmp_path / "small.fw", into=make(NETWORKS[network], seed=1).to(dtype))
+    assert_same_state(loaded.model, compressed.model)
+
+
+def test_a_fresh_process_gives_the_same_answers(tmp_path: Path):
+    case = ran(factorize.SpatialSVD, "optimal", "residual")
+    case.compressed.save(tmp_path / "small.fw")
+    torch.save(answers(case.compressed.model, "residual"), tmp_path / "answers.pt")
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
+        "import featherweight as fw; from networks import Residual\n"
+        "model = fw.load(sys.argv[2] + '/small.fw', into=Residual()).model\n"
+        "with torch.no_grad(): found = model(Residual.data(5))\n"
+        "assert torch.equal(found, torch.load(sys.argv[2] + '/answers.pt')), 'other answers'\n"
+        "assert not [name for name in sys.modules if name.startswith('onnx')]"
+    )
+    place = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code, place, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
