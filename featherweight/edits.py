@@ -124,9 +124,11 @@ def put(model: nn.Module, layer: nn.Module, replacement: nn.Module) -> None:
     if layer is model:
         raise EditError("the model itself is one layer: wrap it in nn.Sequential to have a place to put another")
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        # Not named_children: of a layer that a module holds twice it gives the first name only.
+        for name, child in list(parent._modules.items()):
             if child is layer:
                 setattr(parent, name, replacement)
+    for parent in model.modules():
         # The fused paths of PyTorch's encoder would take the layer's dense weight past the layer: these flags of theirs
         # switch them off where they would.
         if isinstance(parent, nn.TransformerEncoderLayer) and replacement in set(parent.modules()):

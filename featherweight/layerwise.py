@@ -94,8 +94,10 @@ class Layerwise(Step):
     def decided(self, name: str, options: Sequence[Option], whole: Cost) -> Option | None:
         """The option that the settings spell out, where nothing is left to choose; None for the layer as it is."""
         assert self.ratio is not None
-        limit = for_layer(self.ratio, name, default=1.0) * whole.macs
-        return max((o for o in options if o.cost.macs <= limit), key=lambda o: o.cost.macs, default=None)
+        ratio = for_layer(self.ratio, name, default=None)
+        if ratio is None:
+            return None
+        return max((o for o in options if o.cost.macs <= ratio * whole.macs), key=lambda o: o.cost.macs, default=None)
 
     def ways(self) -> dict[str, Any]:
         """The settings that say how much, of which exactly one must be given."""
@@ -160,9 +162,9 @@ class Layerwise(Step):
     def edits(self, study: Study) -> Iterator[Edit]:
         """Choose, then replace layer by layer in calling order, then mend."""
         bench = _Bench(self, study)
-        yield from (Leave(name, reason) for name, reason in bench.left.items())
         choosing = self.choose(bench)
         bench.record(choosing)
+        yield from (Leave(name, reason) for name, reason in bench.left.items())
         yield from (Leave(name, "its cost is better spent as it is") for name in bench.kept(choosing.plan))
         yield from bench.carry_out(choosing.plan, study.model)
 

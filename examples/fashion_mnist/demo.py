@@ -8,17 +8,17 @@ in ONNX Runtime, prints one table and writes one page. Nothing is fine-tuned.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
 from data import load
 from network import resnet
 from project import model, task
-from rich.console import Console
 
 import featherweight as fw
 from featherweight import factorize
-from featherweight.report.table import table
+from featherweight.report.table import text
 
 
 def main(out: Path, macs: float) -> None:
@@ -38,8 +38,8 @@ def main(out: Path, macs: float) -> None:
 
     small.ledger.save(out / "ledger.json")
     small.report(out / "report.html")
-    Console().print(table(small.ledger))
-    print(f"\nData: {load('test').name}. Written: {', '.join(str(file) for file in sorted(out.glob('[lmr]*')))}")
+    print(text(small.ledger, width=shutil.get_terminal_size((100, 24)).columns))
+    print(f"Data: {load('test').name}. Written: {', '.join(str(file) for file in sorted(out.glob('[lmr]*')))}")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def gather_paired(
     batches: Iterable[Inputs],
     *,
     calls: int = 1,
-    effort: float = 1.0,
+    effort: float = 8.0,
     seed: int = 0,
 ) -> Statistics:
     """The statistics of one layer's inputs in a network whose earlier layers were changed, against the original's.
@@ -183,7 +183,7 @@ def gather_paired(
         name: the layer, which is still the original's in both.
         batches: inputs.
         calls: how often one run calls the layer.
-        effort: as in `gather`.
+        effort: as in `gather`; more than there, since only one layer is watched, of all that are run for it.
         seed: of the choice of positions, which is the same in both.
     """
     layer = cast(Layer, original.get_submodule(name))

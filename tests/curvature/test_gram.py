@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from featherweight.batch import Inputs
 from featherweight.curvature.gram import (
     Statistics,
+    _take,
     classifier_loss,
     gather,
     gather_paired,
@@ -95,7 +96,7 @@ def layers_and_inputs(draw: st.DrawFn) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same.")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(layers_and_inputs())
 def test_inputs_of_every_layer_are_summed_as_by_hand(drawn: tuple[Any, Tensor]) -> None:
     layer, x = drawn
@@ -112,6 +113,24 @@ def test_inputs_of_every_layer_are_summed_as_by_hand(drawn: tuple[Any, Tensor]) 
 def test_patches_are_a_view() -> None:
     conv, x = nn.Conv2d(4, 4, 3, groups=2), randn(2, 4, 6, 6)
     assert patches(conv, x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@settings(max_examples=60, deadline=None)
+@given(layers_and_inputs(), st.sampled_from(["plain", "channels last", "expanded", "sliced"]))
+def test_chosen_positions_are_those_of_the_layers_input_however_it_lies_in_memory(
+    drawn: tuple[Any, Tensor], layout: str
+) -> None:
+    layer, x = drawn
+    if layout == "channels last":
+        x = x.movedim(0, -1).contiguous().movedim(-1, 0)
+    elif layout == "expanded":
+        x = x[..., :1].expand_as(x)
+    elif layout == "sliced":
+        x = torch.stack([x + 1, x, x - 1], -1)[..., 1]
+    rows = rows_of(layer, x)
+    chosen = torch.randint(rows.shape[1], (7,), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_take(layer, patches(layer, x), chosen).double(), rows[:, chosen])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

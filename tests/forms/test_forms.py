@@ -68,7 +68,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return conv, x
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(convolutions(), st.integers(1, 4), st.integers(-1, 2))
 def test_a_pair_computes_what_its_product_does_for_every_convolution(
     drawn_conv: tuple[nn.Module, Tensor], rank: int, axis: int
