@@ -161,8 +161,23 @@ def describe(value: Any) -> str:
 
 
 @contextmanager
+def plain_attention() -> Iterator[None]:
+    """Run `nn.TransformerEncoder` and `nn.MultiheadAttention` by their ordinary operations.
+
+    The fused inference kernel takes layers' dense weights past the layers, hides its work from counting, answers zeros
+    at padded positions, and has no counterpart in other runtimes; models are only comparable without it.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
-    """The model in training or evaluation mode; every module's own flag is put back afterwards."""
+    """The model in training or evaluation mode, without fused attention; all is put back as it was afterwards."""
     flags = {module: module.training for module in model.modules()}
     if training:
         model.train()
@@ -170,7 +185,8 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
         for module in flags:  # not model.eval(), which exported modules refuse and others use to change themselves
             module.training = False
     try:
-        yield model
+        with plain_attention():
+            yield model
     finally:
         for module, flag in flags.items():
             module.training = flag

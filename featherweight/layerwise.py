@@ -165,7 +165,8 @@ class Layerwise(Step):
         choosing = self.choose(bench)
         bench.record(choosing)
         yield from (Leave(name, reason) for name, reason in bench.left.items())
-        yield from (Leave(name, "its cost is better spent as it is") for name in bench.kept(choosing.plan))
+        reason = "nothing cheaper was asked of it" if self.budget is None else "its cost is better spent as it is"
+        yield from (Leave(name, reason) for name in bench.kept(choosing.plan))
         yield from bench.carry_out(choosing.plan, study.model)
 
     def planned(self, study: Study) -> Choosing:

@@ -29,8 +29,16 @@ from featherweight import artifact
 from featherweight.artifact import load as load_artifact
 from featherweight.compressed import Compressed
 from featherweight.cost.count import profile
-from featherweight.edits import Edit, Leave
-from featherweight.errors import ArtifactError, FeatherweightError, NoEffect, RecipeError, TaskError, did_you_mean
+from featherweight.edits import Edit, Leave, Replace
+from featherweight.errors import (
+    ArtifactError,
+    EditError,
+    FeatherweightError,
+    NoEffect,
+    RecipeError,
+    TaskError,
+    did_you_mean,
+)
 from featherweight.layerwise import Layerwise
 from featherweight.ledger import Entry, Ledger, machine
 from featherweight.score import Scorer
@@ -242,6 +250,20 @@ def _step(item: Any) -> Step:
         raise RecipeError([f"{name}: {error}"]) from error
 
 
+def _check_called(model: nn.Module, task: Task, changes: Iterable[Edit]) -> None:
+    """Every replacement takes part in a run of the model.
+
+    Raises:
+        EditError: one does not: the model keeps the old layer in a place of its own and calls that.
+    """
+    uncalled = profile(model, task.inputs()).uncalled
+    if lost := [edit.layer for edit in changes if isinstance(edit, Replace) and edit.layer in uncalled]:
+        raise EditError(
+            f"{', '.join(lost)} was replaced, but {type(model).__name__} goes on calling the old layer, which it also "
+            "holds where PyTorch does not see it, such as in a plain list: hold layers in nn.ModuleList, or ignore them"
+        )
+
+
 class _Run:
     """A recipe at work: the copy, what was done to it, and where it is kept."""
 
@@ -304,6 +326,7 @@ class _Run:
             why = "; ".join(reasons) or "no layer it could change"
             warnings.warn(f"{step.name} changed nothing: {why}", NoEffect, stacklevel=4)
         after = snapshot(self.model, self.task, after_score)
+        _check_called(self.model, self.task, changes)
         self.edits += changes
         self.add(step, done, study, before, after, time.monotonic() - begun, self.scorer.count - asked)
         self._keep(index)

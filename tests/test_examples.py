@@ -94,9 +94,7 @@ def test_the_demo_leaves_what_it_promises(stand_in: Path, tmp_path: Path, exampl
 def test_the_training_makes_a_file_that_the_network_loads(stand_in: Path, tmp_path: Path, example: Path) -> None:
     made = tmp_path / "made.safetensors"
     printed = run("train.py", "--epochs", "1", "--out", made, data=stand_in)
-    assert re.search(
-        rf"1 steps in .*\nmade.safetensors: {made.stat().st_size:,} bytes, .*% of 60 test images", printed
-    )
+    assert re.search(rf"1 steps in .*\nmade.safetensors: {made.stat().st_size:,} bytes, .*% of 60 test images", printed)
     with safe_open(made, framework="pt") as file:
         assert file.metadata()["data"] == "Fashion-MNIST"
     from network import load_network

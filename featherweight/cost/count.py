@@ -203,7 +203,7 @@ def _watching(model: nn.Module) -> Iterator[_Watch]:
         register_module_forward_hook(watch.leave_module, with_kwargs=True, always_call=True),
     )
     try:
-        with torch.no_grad(), _attention_operation_by_operation(), watch:
+        with torch.no_grad(), batch.plain_attention(), watch:
             yield watch
     finally:
         for hook in hooks:
@@ -384,17 +384,6 @@ def _bytes(tensor: Tensor) -> int:
         parts, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, part)) for part in parts)
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def _attention_operation_by_operation() -> Iterator[None]:
-    """Keep PyTorch from running a whole encoder layer as one fused operation, in which nothing can be counted."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

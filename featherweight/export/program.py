@@ -39,7 +39,7 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic_batch: bool = True) -> 
     """
     inputs = inputs.on(model)
     reason = ""
-    with batch.mode(model, training=False), plain_attention(), quiet():
+    with batch.mode(model, training=False), quiet():
         if dynamic_batch and any(t.ndim for t in inputs.tensors()):
             try:
                 return _anonymous(_captured_dynamic(model, inputs))
@@ -93,21 +93,6 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
         written = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)  # what it refers to first
         for file in written:
             os.replace(file, target.parent / file.name)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Run `nn.TransformerEncoder` by its ordinary operations.
-
-    Its fused inference kernel has no counterpart in other runtimes and answers zeros at padded positions,
-    so what is captured and what the file is held against both go without.
-    """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from featherweight import batch
 from featherweight.batch import Inputs
 from featherweight.errors import ExportError, did_you_mean
 from featherweight.export import onnx, torch_export
-from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, plain_attention, warn_fixed
+from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, warn_fixed
 from featherweight.ledger import Check
 
 # Of the largest answer. Runtimes order sums differently and fuse operations, so a network's answers differ by a few
@@ -122,7 +122,7 @@ def check(
     allowed = TOLERANCES.get(batch.dtype_of(model) or torch.float32, 1e-3) if tolerance is None else tolerance
     worst = 0.0
     for inputs in batches:
-        with torch.no_grad(), plain_attention(), batch.mode(model, training=False):
+        with torch.no_grad(), batch.mode(model, training=False):
             expected = _answer(model, inputs, type(model).__name__)
             found = difference(_answer(file_model, inputs, path.name), expected)
         if not found <= allowed:

@@ -67,7 +67,9 @@ class ConvPair(FormModule):
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
         self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
         self.dilation, self.padding_mode = layer.dilation, layer.padding_mode
-        self.rank, self.first_axes = rank, tuple(first_axes)
+        # An axis that the kernel does not reach along costs nothing in the first factor: its stride then comes early.
+        unreached = {axis for axis, size in enumerate(layer.kernel_size) if size == 1}
+        self.rank, self.first_axes = rank, tuple(sorted({*first_axes, *unreached}))
         second_axes = [axis for axis in range(len(layer.kernel_size)) if axis not in self.first_axes]
         middle = rank * layer.groups
         self.first = along(layer, layer.in_channels, middle, self.first_axes, bias=False, device=device)

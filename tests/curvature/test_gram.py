@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from featherweight.batch import Inputs
 from featherweight.curvature.gram import (
+    TEMPERATURE,
     Statistics,
     _take,
     classifier_loss,
@@ -304,7 +305,7 @@ def test_gradients_are_those_of_each_samples_loss_at_each_position() -> None:
 def test_a_classifiers_gradients_are_the_true_fisher() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 4), randn(6, 3)
-    p = layer(x).detach().double().softmax(1)
+    p = (layer(x).detach().double() / TEMPERATURE).softmax(1)
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
     found = gather(
         nn.Sequential(layer), {"0": layer}, [Inputs((x.repeat(5000, 1),))], gradients=classifier_loss(1), seed=5
@@ -328,7 +329,7 @@ def test_classes_may_lie_in_any_dimension(class_dim: int) -> None:
 
     model = Model()
     found = gather(model, {"layer": layer}, [Inputs((x,))], gradients=classifier_loss(class_dim))["layer"]
-    p = layer(x).detach().double().softmax(-1).flatten(0, 1)
+    p = (layer(x).detach().double() / TEMPERATURE).softmax(-1).flatten(0, 1)
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
     assert_near(found.gradients, fisher, 0.015)
 
