@@ -61,10 +61,8 @@ wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 ranks = {
     name: module[0].out_channels if hasattr(module[0], "out_channels") else module[0].out_features
     for name, module in compressed.named_modules()
-    if (isinstance(module, torch.nn.Sequential)
-    and name not in dict(model.named_modules()))
-    or (isinstance(module, torch.nn.Sequential)
-    and not isinstance(model.get_submodule(name), torch.nn.Sequential))
+    if (isinstance(module, torch.nn.Sequential) and name not in dict(model.named_modules()))
+    or (isinstance(module, torch.nn.Sequential) and not isinstance(model.get_submodule(name), torch.nn.Sequential))
 }
 torch.save(compressed.state_dict(), f"{out}.pt")
 with open(out, "w", encoding="utf-8") as file:

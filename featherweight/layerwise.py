@@ -281,7 +281,7 @@ class _Bench:
     @cached_property
     def replay(self) -> Replay:
         """Runs only what lies behind a changed layer."""
-        return Replay(self.study.original, self.study.task.inputs().on(self.study.original))
+        return Replay(self.study.original)
 
     @cached_property
     def evaluations(self) -> Evaluations:

@@ -50,7 +50,7 @@ def run(script: str, *arguments: str | Path, data: Path) -> str:
     """What a script of the example prints; it must not print anything else, nor fail."""
     done = subprocess.run(
         [sys.executable, EXAMPLE / script, *arguments],
-        env={**os.environ, "FASHION_MNIST": str(data), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "FASHION_MNIST": str(data), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         capture_output=True,
         text=True,
         check=False,

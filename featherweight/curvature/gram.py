@@ -348,11 +348,12 @@ def _add_rows(statistics: Statistics, rows: Tensor, was: Tensor | None = None) -
         return
     statistics.rows += count
     share = count / statistics.rows
-    place = statistics.gram.device
-    statistics.gram += share * ((rows.transpose(1, 2) @ rows / count).to(place) - statistics.gram)
-    statistics.mean += share * (rows.mean(1) - statistics.mean)
+    rows = rows.to(statistics.gram.device)
+    # In place and in one call: a wide layer's matrix is large, and going through it takes longer than the products.
+    statistics.gram.baddbmm_(rows.transpose(1, 2), rows, beta=1 - share, alpha=share / count)
+    statistics.mean += share * (rows.mean(1).to(statistics.mean.device) - statistics.mean)
     if was is not None and statistics.cross is not None and statistics.cross_mean is not None:
-        statistics.cross += share * (was.transpose(1, 2) @ rows / count - statistics.cross)
+        statistics.cross.baddbmm_(was.transpose(1, 2), rows, beta=1 - share, alpha=share / count)
         statistics.cross_mean += share * (was.mean(1) - statistics.cross_mean)
 
 
