@@ -2,8 +2,9 @@
 
 AIMET 2.42 goes into an environment of its own, for this script only:
 
-    python -m venv peer && peer/bin/pip install torch==2.13.0 scikit-learn scipy pandas "bokeh<=3.6.3" holoviews hvplot \\
-        jsonschema matplotlib onnx onnx_ir onnxscript osqp cvxpy psutil pybind11 PyYAML safetensors tqdm tensorboard Jinja2
+    python -m venv peer
+    peer/bin/pip install torch==2.13.0 scikit-learn scipy pandas "bokeh<=3.6.3" holoviews hvplot jsonschema matplotlib \\
+        onnx onnx_ir onnxscript osqp cvxpy psutil pybind11 PyYAML safetensors tqdm tensorboard Jinja2
     peer/bin/pip install --no-deps torchvision==0.28.0 aimet-torch==2.42.0
     python benchmarks/against_aimet.py --aimet-python peer/bin/python
 
@@ -107,7 +108,9 @@ def main(python: str | None, seeds: int, threads: int, write: bool) -> None:
                     f"| {mean['raw']:.1f} ± {spread['raw']:.1f} | {mean['tuned']:.1f} ± {spread['tuned']:.1f} "
                     f"| {mean['evaluations']:.0f} | {mean['wall']:.1f} | {mean['cpu']:.1f} |"
                 )
-    head = "| scheme | MACs asked | tool | MACs | parameters | accuracy % | after 4 epochs % | evaluations | wall s | CPU s |"
+    head = (
+        "| scheme | asked | tool | MACs | parameters | accuracy % | after 4 epochs % | evaluations | wall s | CPU s |"
+    )
     base = f"Before: {statistics.mean(bases):.1f} % of the 300 test images; {seeds} trainings, {threads} threads."
     publish("against_aimet", __doc__ or "", [base, "", head, "|---|---|---|---|---|---|---|---|---|---|", *rows], write)
 

@@ -13,9 +13,8 @@ import featherweight as fw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "fashion_mnist"))
 
-from network import load_network
-
 from data import FASHION_MNIST, load
+from network import load_network
 
 __all__ = ["accuracy", "calibration", "load_network", "task"]
 

@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar, Union
 from torch import nn
 
 from featherweight.errors import did_you_mean
-from featherweight.forms import Layer, is_layer
+from featherweight.forms import FormModule, Layer, is_layer
 
 T = TypeVar("T")
 
@@ -43,12 +43,15 @@ def unmatched(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 
 def layer_names(model: nn.Module) -> list[str]:
     """The names of all Linear and Conv layers, in the order the model registers them."""
-    return [name for name, module in model.named_modules() if is_layer(module)]
+    return [name for name, module in weighted_layers(model).items() if is_layer(module)]
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear and Conv layers, and the other kinds of layers that multiply by a weight, by name."""
-    return {n: m for n, m in model.named_modules() if n and (is_layer(m) or isinstance(m, _WEIGHTED))}
+    """Linear and Conv layers, other kinds of layers that multiply by a weight, and replaced ones as wholes, by name."""
+    replaced = {id(part) for form in model.modules() if isinstance(form, FormModule) for part in form.children()}
+    weighted = (*_WEIGHTED, FormModule)
+    named = [(n, m) for n, m in model.named_modules() if n and id(m) not in replaced]
+    return {n: m for n, m in named if is_layer(m) or isinstance(m, weighted)}
 
 
 def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str]) -> dict[str, str]:
@@ -66,6 +69,8 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str]) ->
     for name, layer in weighted_layers(model).items():
         if matches(name, ignore):
             found[name] = "ignored, as asked"
+        elif isinstance(layer, FormModule):
+            found[name] = "an earlier step has replaced it"
         elif not is_layer(layer):
             found[name] = f"a {type(layer).__name__} is neither a Linear nor a Conv layer"
         elif (reason := _own_behaviour(layer)) is not None:

@@ -29,7 +29,7 @@ from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.evaluations import Evaluations, key
 from featherweight.search.greedy import Greedy
-from featherweight.search.optimal import Optimal
+from featherweight.search.optimal import Optimal, within
 from featherweight.search.options import Choosing, Option, Plan, Selector, Table
 from featherweight.search.replay import Replay
 from featherweight.step import Step
@@ -88,6 +88,10 @@ class Layerwise(Step):
         """
 
     @abstractmethod
+    def least(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> Cost:
+        """What the cheapest way of replacing a layer costs; needs no data."""
+
+    @abstractmethod
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:
         """The state dict of the layer in its new form, fitted to the statistics."""
 
@@ -107,10 +111,12 @@ class Layerwise(Step):
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, Mapping):
-            object.__setattr__(self, "budget", Budget(**self.budget))
+            object.__setattr__(self, "budget", Budget.from_json(self.budget))
         if isinstance(self.ignore, list):
             object.__setattr__(self, "ignore", tuple(self.ignore))
         match self.select:
+            case str(path) if path.endswith(".json"):
+                object.__setattr__(self, "select", Plan.load(path))
             case {"step": _, "layers": _}:
                 object.__setattr__(self, "select", Plan.from_json(self.select))
             case Mapping() as named if len(named) == 1 and next(iter(named)) in SELECTORS:
@@ -169,15 +175,16 @@ class Layerwise(Step):
         yield from (Leave(name, reason) for name in bench.kept(choosing.plan))
         yield from bench.carry_out(choosing.plan, study.model)
 
-    def planned(self, study: Study) -> Choosing:
-        """What `edits` would choose, without changing anything but the study's notes and findings."""
+    def planned(self, study: Study) -> Mapping[str, Cost]:
+        """What `edits` would choose, into the study's notes and findings; returns what replaced layers would cost."""
         bench = _Bench(self, study)
         choosing = self.choose(bench)
         bench.record(choosing)
-        return choosing
+        return {name: bench.table.find(name, form).cost for name, form in choosing.plan.layers.items()}
 
     def choose(self, bench: _Bench) -> Choosing:
         """The plan: the given one, the one the settings spell out, or the selector's."""
+        bench.check_feasible()
         table = bench.table
         if self.plan is not None:
             for name, form in self.plan.layers.items():
@@ -229,8 +236,24 @@ class _Bench:
         task = self.study.task
         if not task.has_calibration or not self.layers:
             return {}
-        choosing = self.step.budget is not None
-        return self.study.statistics(self.layers, self.step.samples, gradients=choosing)
+        return self.study.statistics(self.layers, self.step.samples, gradients=True)
+
+    def check_feasible(self) -> None:
+        """Refuse a budget that even the cheapest options do not meet, before anything slow.
+
+        Raises:
+            BudgetError: the message names the nearest budget that can be met.
+        """
+        if self.step.budget is None or not self.step.budget.costs():
+            return
+        rows = self.study.profile.layers
+        options = {}
+        for name, layer in self.layers.items():
+            least = self.step.least(name, layer, rows[name].calls)
+            cheaper = any(least.metric(m) < rows[name].cost.metric(m) for m in self.metrics)
+            as_it_is = Option(name, None, rows[name].cost, 0.0)
+            options[name] = (as_it_is, replace(as_it_is, cost=least)) if cheaper else (as_it_is,)
+        within(Table(options, self.study.profile.total, self.study.start), self.step.budget, self.step.name)
 
     @cached_property
     def table(self) -> Table:

@@ -42,7 +42,7 @@ from featherweight.errors import (
 from featherweight.layerwise import Layerwise
 from featherweight.ledger import Entry, Ledger, machine
 from featherweight.score import Scorer
-from featherweight.snapshot import snapshot
+from featherweight.snapshot import repriced, snapshot
 from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
@@ -111,11 +111,12 @@ class Recipe:
         before = snapshot(run.model, task, None)
         for step in self.steps:
             begun, study = time.monotonic(), run.study()
+            after = before
             if isinstance(step, Layerwise):
-                step.planned(study)
+                after = repriced(before, step.planned(study))
             else:
                 study.notes.append(f"{step.name} chooses nothing beforehand")
-            run.add(step, (), study, before, before, time.monotonic() - begun)
+            run.add(step, (), study, before, after, time.monotonic() - begun)
         return run.ledger
 
     def run(

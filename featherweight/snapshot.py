@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
 from torch import nn
 
 from featherweight.cost.cost import Cost
@@ -19,6 +23,18 @@ def snapshot(model: nn.Module, task: Task, score: float | None) -> Snapshot:
         score: its score, where it was asked for.
     """
     return of_profile(profile(model, task.inputs()), score)
+
+
+def repriced(before: Snapshot, layers: Mapping[str, Cost]) -> Snapshot:
+    """The network as it would be with some layers at another cost; what it would score and keep alive is not known."""
+    rows = {name: _row(cost, before.layers[name].kind) for name, cost in layers.items()}
+
+    def total(field: str) -> Any:
+        changes = (getattr(row, field) - getattr(before.layers[name], field) for name, row in rows.items())
+        return getattr(before.total, field) + sum(changes)
+
+    whole = Row(**{f.name: total(f.name) for f in fields(Row) if f.name != "kind"})
+    return replace(before, score=None, total=whole, layers={**before.layers, **rows})
 
 
 def of_profile(counted: Profile, score: float | None) -> Snapshot:

@@ -75,6 +75,9 @@ class Factorization(Layerwise):
         ranks = {min(self._rounded(name, r), len(losses) - 1) for r in range(1, len(losses))}
         return [Option(name, self.form(r), costs[r], losses[r]) for r in sorted(ranks)]
 
+    def least(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> Cost:
+        return price(self.form(self._rounded(name, 1)).build(layer, "meta"), calls)
+
     def _rounded(self, name: str, rank: int) -> int:
         step = for_layer(self.multiple_of, name, default=1)
         return -(-rank // step) * step
