@@ -3,8 +3,8 @@
 AIMET 2.42 goes into an environment of its own, for this script only:
 
     python -m venv peer
-    peer/bin/pip install torch==2.13.0 scikit-learn scipy pandas "bokeh<=3.6.3" holoviews hvplot jsonschema matplotlib \\
-        onnx onnx_ir onnxscript osqp cvxpy psutil pybind11 PyYAML safetensors tqdm tensorboard Jinja2
+    peer/bin/pip install torch==2.13.0 scikit-learn scipy pandas "bokeh<=3.6.3" holoviews hvplot jsonschema \\
+        matplotlib onnx onnx_ir onnxscript osqp cvxpy psutil pybind11 PyYAML safetensors tqdm tensorboard Jinja2
     peer/bin/pip install --no-deps torchvision==0.28.0 aimet-torch==2.42.0
     python benchmarks/against_aimet.py --aimet-python peer/bin/python
 

@@ -40,7 +40,8 @@ def main(seeds: int, threads: int, write: bool) -> None:
             mean, spread = statistics.mean(scores), statistics.pstdev(scores)
             rows.append(
                 f"| {kind.__name__} | {share} | {statistics.mean(met):.4f} | {mean:.2f} ± {spread:.2f} "
-                f"| {before - mean:.2f} | {max(evaluations)} | {statistics.mean(walls):.0f} | {statistics.mean(cpus):.0f} |"
+                f"| {before - mean:.2f} | {max(evaluations)} "
+                f"| {statistics.mean(walls):.0f} | {statistics.mean(cpus):.0f} |"
             )
     head = "| step | MACs asked | MACs met | accuracy % | drop, points | evaluations | wall s | CPU s |"
     note = f"Before: {before:.2f} %. {seeds} samples of calibration images, {threads} threads; evaluations included."

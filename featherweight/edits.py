@@ -53,7 +53,10 @@ class Replace(Edit):
             raise EditError(f"{self.layer!r} is a {type(layer).__name__} already: it was replaced before")
         replacement = self.form.build(layer)
         if self.values is not None:
-            replacement.load_state_dict(dict(self.values))
+            try:
+                replacement.load_state_dict(dict(self.values))
+            except RuntimeError as error:
+                raise EditError(f"the values for {self.layer!r} are not those of {self.form}: {error}") from error
         put(model, layer, replacement)
 
     def describe(self) -> str:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,14 @@ from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.evaluations import Evaluations, key
 from featherweight.search.greedy import Greedy
-from featherweight.search.optimal import Optimal, within
+from featherweight.search.optimal import Optimal, check, rounded_up
 from featherweight.search.options import Choosing, Option, Plan, Selector, Table
 from featherweight.search.replay import Replay
 from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
+
+Made = TypeVar("Made")
 
 SELECTORS: Mapping[str, type[Greedy] | type[Optimal]] = {"greedy": Greedy, "optimal": Optimal}
 # Fewer samples than this say too little of a batch norm's mean and variance.
@@ -77,31 +79,50 @@ class Layerwise(Step):
         """Why the technique cannot replace such a layer; None where it can."""
 
     @abstractmethod
-    def options(self, name: str, layer: Layer, calls: Sequence[LayerCall], seen: Statistics | None) -> list[Option]:
-        """All ways of replacing a layer, by rising cost.
+    def priced(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> list[Option]:
+        """All ways of replacing a layer, by rising cost, their losses still 0; quickly, whatever the layer's size.
 
         Args:
             name: the layer's name.
             layer: the layer.
             calls: how the example calls it, for prices.
-            seen: statistics of its inputs and gradients; None without data.
         """
 
     @abstractmethod
-    def least(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> Cost:
-        """What the cheapest way of replacing a layer costs; needs no data."""
+    def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
+        """The rise of the loss that each option is predicted to bring.
+
+        Args:
+            layer: the layer.
+            options: some of its options.
+            seen: statistics of its inputs and gradients; None without data.
+        """
+
+    def options(self, name: str, layer: Layer, calls: Sequence[LayerCall], seen: Statistics | None) -> list[Option]:
+        """All ways of replacing a layer, by rising cost, each with the loss it is predicted to bring."""
+        priced = self.priced(name, layer, calls)
+        losses = self.losses(layer, priced, seen)
+        return [replace(option, loss=loss) for option, loss in zip(priced, losses, strict=True)]
 
     @abstractmethod
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:
         """The state dict of the layer in its new form, fitted to the statistics."""
 
     def decided(self, name: str, options: Sequence[Option], whole: Cost) -> Option | None:
-        """The option that the settings spell out, where nothing is left to choose; None for the layer as it is."""
+        """The option that the settings spell out, where nothing is left to choose; None for the layer as it is.
+
+        Raises:
+            LookupError: there is no such option; the message says why the layer stays as it is.
+        """
         assert self.ratio is not None
-        ratio = for_layer(self.ratio, name, default=None)
-        if ratio is None:
+        ratio = for_layer(self.ratio, name, default=1.0)
+        if ratio == 1:
             return None
-        return max((o for o in options if o.cost.macs <= ratio * whole.macs), key=lambda o: o.cost.macs, default=None)
+        found = [o for o in options if o.cost.macs <= ratio * whole.macs]
+        if not found:
+            least = min(o.cost.macs for o in options) / whole.macs
+            raise LookupError(f"no option keeps as little as {ratio:g} of its MACs: the least is {rounded_up(least):g}")
+        return max(found, key=lambda o: o.cost.macs)
 
     def ways(self) -> dict[str, Any]:
         """The settings that say how much, of which exactly one must be given."""
@@ -111,7 +132,7 @@ class Layerwise(Step):
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, Mapping):
-            object.__setattr__(self, "budget", Budget.from_json(self.budget))
+            object.__setattr__(self, "budget", _made(Budget, self.budget))
         if isinstance(self.ignore, list):
             object.__setattr__(self, "ignore", tuple(self.ignore))
         match self.select:
@@ -121,7 +142,7 @@ class Layerwise(Step):
                 object.__setattr__(self, "select", Plan.from_json(self.select))
             case Mapping() as named if len(named) == 1 and next(iter(named)) in SELECTORS:
                 kind, settings = next(iter(named.items()))
-                object.__setattr__(self, "select", SELECTORS[kind](**settings))
+                object.__setattr__(self, "select", _made(SELECTORS[kind], settings or {}))
 
     @property
     def plan(self) -> Plan | None:
@@ -175,6 +196,19 @@ class Layerwise(Step):
         yield from (Leave(name, reason) for name in bench.kept(choosing.plan))
         yield from bench.carry_out(choosing.plan, study.model)
 
+    def check(self, study: Study) -> None:
+        """Hold the plan or the budget against what layers can cost, before anything slow.
+
+        Raises:
+            RecipeError: the plan is not for this model.
+            BudgetError: the budget cannot be met; the message names the nearest that can.
+        """
+        bench = _Bench(self, study)
+        if self.plan is not None:
+            self._ordered(self.plan, bench, bench.prices)
+        elif self.budget is not None:
+            check(bench.prices, self.budget)
+
     def planned(self, study: Study) -> Mapping[str, Cost]:
         """What `edits` would choose, into the study's notes and findings; returns what replaced layers would cost."""
         bench = _Bench(self, study)
@@ -184,20 +218,29 @@ class Layerwise(Step):
 
     def choose(self, bench: _Bench) -> Choosing:
         """The plan: the given one, the one the settings spell out, or the selector's."""
-        bench.check_feasible()
         table = bench.table
         if self.plan is not None:
-            for name, form in self.plan.layers.items():
-                if name in bench.left:
-                    raise RecipeError([f"{self.name}: the plan names {name!r}, but {bench.left[name]}"])
-                table.find(name, form)
-            ordered = {name: self.plan.layers[name] for name in table.options if name in self.plan.layers}
-            return Choosing(Plan(self.name, ordered), "manual")
+            return Choosing(self._ordered(self.plan, bench, table), "manual")
         if self.budget is None:
-            picked = {n: self.decided(n, options[1:], options[0].cost) for n, options in table.options.items()}
-            return Choosing(Plan(self.name, {n: o.form for n, o in picked.items() if o and o.form}), "manual")
+            picked: dict[str, Form] = {}
+            for name, options in table.options.items():
+                try:
+                    option = self.decided(name, options[1:], options[0].cost)
+                except LookupError as error:
+                    bench.left[name] = str(error.args[0])
+                else:
+                    picked |= {name: option.form} if option and option.form else {}
+            return Choosing(Plan(self.name, picked), "manual")
         selector = SELECTORS[self.select]() if isinstance(self.select, str) else cast(Selector, self.select)
         return selector.choose(table, self.budget, bench, self.name)
+
+    def _ordered(self, plan: Plan, bench: _Bench, table: Table) -> Plan:
+        """The plan's layers in calling order, each of them found in the table."""
+        for name, form in plan.layers.items():
+            if name in bench.left:
+                raise RecipeError([f"{self.name}: the plan names {name!r}, but {bench.left[name]}"])
+            table.find(name, form)
+        return Plan(self.name, {name: plan.layers[name] for name in table.options if name in plan.layers})
 
 
 @dataclass
@@ -238,37 +281,29 @@ class _Bench:
             return {}
         return self.study.statistics(self.layers, self.step.samples, gradients=True)
 
-    def check_feasible(self) -> None:
-        """Refuse a budget that even the cheapest options do not meet, before anything slow.
-
-        Raises:
-            BudgetError: the message names the nearest budget that can be met.
-        """
-        if self.step.budget is None or not self.step.budget.costs():
-            return
-        rows = self.study.profile.layers
-        options = {}
-        for name, layer in self.layers.items():
-            least = self.step.least(name, layer, rows[name].calls)
-            cheaper = any(least.metric(m) < rows[name].cost.metric(m) for m in self.metrics)
-            as_it_is = Option(name, None, rows[name].cost, 0.0)
-            options[name] = (as_it_is, replace(as_it_is, cost=least)) if cheaper else (as_it_is,)
-        within(Table(options, self.study.profile.total, self.study.start), self.step.budget, self.step.name)
-
     @cached_property
-    def table(self) -> Table:
-        """Every layer's options; layers without any go to `left`."""
+    def prices(self) -> Table:
+        """Every layer's options, not weighed; layers without any go to `left`."""
         rows, metrics = self.study.profile.layers, self.metrics
         options: dict[str, tuple[Option, ...]] = {}
-        for name, layer in track(self.layers.items(), "weighing every layer's options", total=len(self.layers)):
+        for name, layer in self.layers.items():
             row = rows[name]
-            found = self.step.options(name, layer, row.calls, self.statistics.get(name))
+            found = self.step.priced(name, layer, row.calls)
             cheaper = [o for o in found if any(o.cost.metric(m) < row.cost.metric(m) for m in metrics)]
             if cheaper:
                 options[name] = (Option(name, None, row.cost, 0.0), *cheaper)
             else:
                 self.left[name] = "every option costs as much as the layer itself, or more"
         return Table(options, self.study.profile.total, self.study.start)
+
+    @cached_property
+    def table(self) -> Table:
+        """Every layer's options, with the losses they are predicted to bring."""
+        options: dict[str, tuple[Option, ...]] = {}
+        for name, (whole, *others) in track(self.prices.options.items(), "weighing every layer's options"):
+            losses = self.step.losses(self.layers[name], others, self.statistics.get(name))
+            options[name] = (whole, *(replace(o, loss=loss) for o, loss in zip(others, losses, strict=True)))
+        return replace(self.prices, options=options)
 
     @property
     def metrics(self) -> list[str]:
@@ -364,7 +399,7 @@ class _Bench:
 
     def kept(self, plan: Plan) -> list[str]:
         """Layers that could have been replaced, and were not chosen to be."""
-        return [name for name in self.table.options if name not in plan.layers]
+        return [name for name in self.table.options if name not in plan.layers and name not in self.left]
 
     def record(self, choosing: Choosing) -> None:
         """Put what was chosen, and among what, into the study's findings."""
@@ -387,6 +422,18 @@ class _Bench:
         plan = choosing.plan.to_json()["layers"]
         self.study.findings.update(plan=plan, choices=choices, metric=metric, selected_by=choosing.by)
         self.study.notes.extend(choosing.notes)
+
+
+def _made(kind: type[Made], settings: Mapping[str, Any]) -> Made:
+    """An object of nested settings.
+
+    Raises:
+        RecipeError: it has no such setting.
+    """
+    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    if unknown := [f"{kind.__name__} has no {k!r}{did_you_mean(str(k), known)}" for k in settings if k not in known]:
+        raise RecipeError(unknown)
+    return kind(**settings)
 
 
 def finetune(model: nn.Module, task: Task, epochs: float) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import time
-import typing
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from featherweight.errors import (
     FeatherweightError,
     NoEffect,
     RecipeError,
-    TaskError,
     did_you_mean,
 )
 from featherweight.layerwise import Layerwise
@@ -137,11 +135,12 @@ class Recipe:
         """
         self.check(model, task)
         run = _Run(self, model, task, seed, folder)
-        with torch.random.fork_rng(devices=()), _as_given(run.model, model):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=()):
             score = run.resume()
+            run.check()
             for index in range(len(run.ledger.steps), len(self.steps)):
                 score = run.carry_out(index, score)
+        _take_flags(run.model, model)
         return Compressed(run.model, tuple(run.edits), run.ledger, task.inputs())
 
     # YAML -----------------------------------------------------------------------------------------------------------
@@ -271,18 +270,11 @@ class _Run:
     def __init__(
         self, recipe: Recipe, model: nn.Module, task: Task, seed: int, folder: str | os.PathLike[str] | None
     ) -> None:
-        try:
-            self.model = copy.deepcopy(model)
-        except Exception as error:  # whatever a user's module does when it is copied
-            raise TaskError(
-                f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the caller's model is "
-                "never changed: make it work with copy.deepcopy"
-            ) from error
-        self.model.eval()
+        self.model = copy.deepcopy(model).eval()
         self.recipe, self.original, self.task, self.seed = recipe, model, task, seed
         self.folder = None if folder is None else Path(folder)
         self.edits: list[Edit] = []
-        self.scorer = Scorer(task, model)
+        self.scorer = Scorer(task, self.model)
         self.start = profile(model, task.inputs()).total
         self.ledger = Ledger(
             model=type(model).__name__,
@@ -306,8 +298,22 @@ class _Run:
         reference = copy.deepcopy(self.model)
         return Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store)
 
+    def check(self) -> None:
+        """What is only known of the model as it is now, and can still be said before anything slow.
+
+        Raises:
+            ArtifactError: the folder could not hold the model.
+            RecipeError, BudgetError: the next step cannot be carried out.
+        """
+        if self.folder is not None:
+            artifact.check(self.model)
+        following = self.recipe.steps[len(self.ledger.steps) :]
+        if following and isinstance(following[0], Layerwise):
+            following[0].check(self.study())
+
     def carry_out(self, index: int, score: float | None) -> float:
         """One step, start to end; returns the score after it."""
+        torch.manual_seed(self.seed + index)  # of its own, so that a run taken up again goes on as one in one piece
         step, begun, asked = self.recipe.steps[index], time.monotonic(), self.scorer.count
         study = self.study()
         if score is None:
@@ -382,17 +388,15 @@ class _Run:
             state = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             finished = min(int(state["steps"]), len(self.recipe.steps))
             if state["identity"] == self._identity(finished):
-                self.edits, ledger, _ = load_artifact(self.folder / f"step-{finished}.fw", self.model)
-                self.ledger = ledger
-                return ledger.after.score
+                kept = copy.deepcopy(self.model)
+                self.edits, self.ledger, _ = load_artifact(self.folder / f"step-{finished}.fw", kept)
+                self.model = kept
+                return self.ledger.after.score
         return None
 
 
-@contextlib.contextmanager
-def _as_given(working: nn.Module, given: nn.Module) -> typing.Iterator[None]:
-    """Work in evaluation mode; give the copy the caller's training flag at the end."""
-    working.eval()
-    yield
+def _take_flags(working: nn.Module, given: nn.Module) -> None:
+    """Give the result the training flags of the caller's model; a new layer, those of the layer it stands for."""
     flags = {name: module.training for name, module in given.named_modules()}
     for name, module in working.named_modules():
         parent = name

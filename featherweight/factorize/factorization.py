@@ -52,7 +52,7 @@ class Factorization(Layerwise):
         found = super().problems(model, task)
         for name, setting in (("rank", self.rank), ("multiple_of", self.multiple_of)):
             for value in setting.values() if isinstance(setting, Mapping) else [setting]:
-                if value is not None and value < 1:
+                if isinstance(value, int) and value < 1:  # another type is among the problems already
                     found.append(f"{name} is {value}: it must be at least 1")
         return found
 
@@ -63,20 +63,25 @@ class Factorization(Layerwise):
         if not rank:
             return None
         wanted = self.form(self._rounded(name, rank))
-        return next((o for o in options if o.form == wanted), None)
+        found = next((o for o in options if o.form == wanted), None)
+        if found is None:
+            raise LookupError(f"{wanted} is none of its options, {options[0]} to {options[-1]}")
+        return found
 
-    def options(self, name: str, layer: Layer, calls: Sequence[LayerCall], seen: Statistics | None) -> list[Option]:
+    def priced(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> list[Option]:
+        weight = blocks(layer.weight, groups(layer), self.first_axes(layer), None).weight
+        full = min(weight.shape[1] * weight.shape[2], weight.shape[3])
+        costs = costs_by_rank([price(self.form(r).build(layer, "meta"), calls) for r in (1, 2)], full)
+        ranks = {min(self._rounded(name, r), full) for r in range(1, full + 1)}
+        return [Option(name, self.form(r), costs[r], 0.0) for r in sorted(ranks)]
+
+    def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
         # A bias that is corrected takes care of the means; without data it is not.
         seen = seen if seen is None or layer.bias is None or self.data_aware is False else seen.centred()
         known = blocks(layer.weight, groups(layer), self.first_axes(layer), seen)
         plain = replace(known, gram=None, gradients=None)
         losses = predicted_losses(known, factors(known if self.data_aware is not False else plain)).tolist()
-        costs = costs_by_rank([price(self.form(r).build(layer, "meta"), calls) for r in (1, 2)], len(losses) - 1)
-        ranks = {min(self._rounded(name, r), len(losses) - 1) for r in range(1, len(losses))}
-        return [Option(name, self.form(r), costs[r], losses[r]) for r in sorted(ranks)]
-
-    def least(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> Cost:
-        return price(self.form(self._rounded(name, 1)).build(layer, "meta"), calls)
+        return [losses[option.form.rank] for option in options]  # type: ignore[union-attr]
 
     def _rounded(self, name: str, rank: int) -> int:
         step = for_layer(self.multiple_of, name, default=1)

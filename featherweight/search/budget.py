@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from featherweight.errors import BudgetError, did_you_mean
+from featherweight.errors import BudgetError
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
 _JOULES = {"j": 1.0, "mj": 1e-3, "uj": 1e-6, "µj": 1e-6, "nj": 1e-9}
@@ -49,18 +49,6 @@ class Budget:
         number = isinstance(self.drop, int | float) and not isinstance(self.drop, bool)
         if self.drop is not None and not (number and 0 <= self.drop < float("inf")):
             raise BudgetError(f"drop is {self.drop!r}: give a number from 0 up, in the units of the score")
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Budget:
-        """The budget back from `to_json`.
-
-        Raises:
-            BudgetError: a limit is none of a budget's, or out of range.
-        """
-        known = [f.name for f in fields(Budget)]
-        if unknown := [f"{name!r}{did_you_mean(str(name), known)}" for name in data if name not in known]:
-            raise BudgetError(f"a budget has no limit {', '.join(unknown)}")
-        return Budget(**data)
 
     def costs(self) -> dict[str, Limit]:
         """The cost limits that are given, as given, by metric."""

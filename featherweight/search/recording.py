@@ -103,6 +103,10 @@ class Diverged(Exception):
     """The model does not do the same as when it was recorded."""
 
 
+class Lost(Diverged):
+    """An activation is needed that was not saved before it was written to: a careful recording would have."""
+
+
 class Unread(Tensor):
     """Stands for a tensor that nobody read while recording: it has a shape, but no values."""
 
@@ -251,7 +255,9 @@ class _Kept:
     def hold(self) -> None:
         """From now on the values are needed."""
         self.held = self.own if isinstance(self.own, Tensor) else self.tensor()
-        if self.held is None or self.lost:
+        if self.lost:
+            raise Lost("an activation is read after it was written to")
+        if self.held is None:
             raise Diverged("an activation is read after it was let go of")
 
     def save(self) -> None:
@@ -270,7 +276,7 @@ class _Kept:
         if self.held is None:
             return self.blank
         if self.lost:
-            raise Diverged("an activation is needed that was written to")
+            raise Lost("an activation was read before it was written to")
         return self.held if self.held is self.own else self.held.clone()
 
 
@@ -283,13 +289,21 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         owners: the names of modules by the storages of their parameters and buffers.
         base: a record of an earlier layer on the same inputs, to follow as far as it goes.
         keep_all: whether to keep answers too that nobody is seen to read.
+        careful: whether to save all that is written to, not just what is likely to be needed.
     """
 
     def __init__(
-        self, layer: str, inputs: Any, owners: Mapping[UntypedStorage, str], base: Record | None, keep_all: bool
+        self,
+        layer: str,
+        inputs: Any,
+        owners: Mapping[UntypedStorage, str],
+        base: Record | None,
+        *,
+        keep_all: bool,
+        careful: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.layer, self.owners, self.base, self.keep_all = layer, owners, base, keep_all
+        self.layer, self.owners, self.base, self.keep_all, self.careful = layer, owners, base, keep_all, careful
         self.inputs = _storages(inputs)
         self.uses = set(base.uses) if base is not None else set()
         self.done = 0  # steps of the base
@@ -485,9 +499,10 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         del self.kept[storage]
         caller = kept.call.caller
-        # A module that does not contain the layer will be over before the layer: its insides will not be needed.
         assert caller is not None
-        if caller.finished or caller is self.root or self.layer.startswith(f"{caller.name}."):
+        # A module that does not contain the layer is likely to be over before it: its insides will not be needed.
+        contains = caller is self.root or self.layer.startswith(f"{caller.name}.")
+        if self.careful or contains or caller.finished or not caller.clean:
             kept.save()
         else:
             kept.lose()
@@ -496,7 +511,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether an activation is at work in place on a tensor that nobody needs as it was."""
         needed = kept.held is not None or kept.own is not None or kept.lost
         waited_for = any(kept in call.waiting for call in self.here.outwards() if call is not self.here)
-        return self.in_place and not needed and not waited_for
+        return self.in_place and not self.careful and not needed and not waited_for
 
 
 def hooked(module: nn.Module) -> bool:

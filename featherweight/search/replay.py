@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from featherweight import edits
-from featherweight.search.recording import PLAIN, Following, Record, Recording, hooked
+from featherweight.search.recording import PLAIN, Following, Lost, Record, Recording, hooked
 
 # What activations before a layer depend on: a hash of the model's state, and one of its inputs.
 Key = tuple[int, bytes]
@@ -47,6 +47,7 @@ class Replay:
         self.limit = limit
         self.obstacles: dict[str, str] = {}
         self._original = model
+        self._careful = False  # how to record
         self._unfit: set[str] = set()  # layers that nothing will be replayed for
         self._cut: str | None = None  # the layer that is changed just now
         self._replacement: nn.Module | None = None
@@ -116,7 +117,10 @@ class Replay:
             made = run.finish(answer)
         except Exception as error:
             # Either the model raises by itself, and will again; or it does not do the same as when it was recorded.
-            self._give_up(cut, f"{type(error).__name__}: {error}")
+            if isinstance(error, Lost) and not self._careful:
+                self._careful = True
+            else:
+                self._give_up(cut, f"{type(error).__name__}: {error}")
             if self._key(cut, args, kwargs) != key:  # it has written to its inputs, and cannot be run on them again
                 raise
         else:
@@ -167,7 +171,8 @@ class Replay:
         parts = [(name, module) for name, module in self._modules.items()]
         parts += [(cut, module) for module in self._replacement.modules()]
         owners = {tensor.untyped_storage(): name for name, module in parts for tensor in _tensors(module)}
-        return Recording(cut, inputs, owners, base, keep_all=any(hooked(module) for _, module in parts))
+        keep_all = any(hooked(module) for _, module in parts)
+        return Recording(cut, inputs, owners, base, keep_all=keep_all, careful=self._careful)
 
     def _keep(self, cut: str, key: Key, record: Record) -> None:
         """Keep the record within the limit, at the expense of other layers': first of the one it was made from."""
