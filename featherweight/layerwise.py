@@ -422,6 +422,9 @@ class _Bench:
         plan = choosing.plan.to_json()["layers"]
         self.study.findings.update(plan=plan, choices=choices, metric=metric, selected_by=choosing.by)
         self.study.notes.extend(choosing.notes)
+        if "replay" in vars(self):  # only where scores were measured layer by layer
+            for name, obstacle in self.replay.obstacles.items():
+                self.study.notes.append(f"{name} was evaluated without replaying what lies before it: {obstacle}")
 
 
 def _made(kind: type[Made], settings: Mapping[str, Any]) -> Made:

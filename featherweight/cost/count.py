@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.rnn import PackedSequence
@@ -208,6 +212,8 @@ def _watching(model: nn.Module) -> Iterator[_Watch]:
     finally:
         for hook in hooks:
             hook.remove()
+            # PyTorch's handle leaves this entry behind, and torch.compile would then warn of global hooks for ever.
+            _global_forward_hooks_with_kwargs.pop(hook.id, None)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -679,6 +679,7 @@ def test_the_callers_model_stays_as_it_was() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not torch.nn.modules.module._has_any_global_hook()
     assert not torch.nn.modules.module._global_forward_hooks
     assert not torch.nn.modules.module._global_forward_pre_hooks
     assert torch.is_grad_enabled()
