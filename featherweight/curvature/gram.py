@@ -87,7 +87,7 @@ def gather(
     batches: Iterable[Inputs],
     *,
     gradients: Callable[[Any, torch.Generator], Tensor] | None = None,
-    effort: float = 1.0,
+    effort: float = 0.5,
     memory_limit: int = 4 << 30,
     seed: int = 0,
 ) -> dict[str, Statistics]:
