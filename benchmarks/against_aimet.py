@@ -9,7 +9,7 @@ AIMET 2.42 goes into an environment of its own, for this script only:
     python benchmarks/against_aimet.py --aimet-python peer/bin/python
 
 Without --aimet-python only our rows are printed. AIMET chooses by accuracy on 297 selection images with ten candidates;
-we by 512 training images without their labels or a score. Neither sees the 300 test images that are reported on.
+we by training images without their labels or a score. Neither sees the 300 test images that are reported on.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ HERE = Path(__file__).resolve().parent
 SCHEMES = {"spatial SVD": factorize.SpatialSVD, "weight SVD": factorize.SVD}
 
 
-def ours(scheme: str, target: float, seed: int) -> dict[str, Any]:
+def ours(scheme: str, target: float, seed: int, samples: int) -> dict[str, Any]:
     """Featherweight's compressed network and what it took."""
     model, (training, selection, _) = digits.base(seed), digits.data()
     task = fw.Task(
         training.images[:1],
-        calibration=training.images[:512].split(128),
+        calibration=training.images[:samples].split(100),
         evaluate=lambda network: digits.accuracy(network, selection),
     )
-    step = SCHEMES[scheme](budget=fw.Budget(macs=target), ignore=("conv1",))
+    step = SCHEMES[scheme](budget=fw.Budget(macs=target), ignore=("conv1",), samples=samples)
     wall, cpu = time.perf_counter(), time.process_time()
     small = fw.compress(model, step, task=task)
     taken = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -90,7 +90,7 @@ def judged(result: dict[str, Any], seed: int) -> dict[str, float]:
     return {**shares, "raw": 100 * raw, "tuned": 100 * tuned, **result}
 
 
-def main(python: str | None, seeds: int, threads: int, write: bool) -> None:
+def main(python: str | None, seeds: int, threads: int, samples: int, write: bool) -> None:
     """Print a row for each tool, scheme and target: means over the seeds, accuracies with their standard deviation."""
     torch.set_num_threads(threads)
     fw.inspect(digits.base(), digits.data()[0].images[:1])  # what PyTorch loads at the first count is nobody's time
@@ -98,7 +98,7 @@ def main(python: str | None, seeds: int, threads: int, write: bool) -> None:
     rows = []
     for scheme in SCHEMES:
         for target in (0.5, 0.3):
-            runs = {"Featherweight": [judged(ours(scheme, target, seed), seed) for seed in range(seeds)]}
+            runs = {"Featherweight": [judged(ours(scheme, target, seed, samples), seed) for seed in range(seeds)]}
             if python:
                 runs["AIMET"] = [judged(theirs(scheme, target, seed, python), seed) for seed in range(seeds)]
             for tool, results in runs.items():
@@ -112,7 +112,8 @@ def main(python: str | None, seeds: int, threads: int, write: bool) -> None:
     head = (
         "| scheme | asked | tool | MACs | parameters | accuracy % | after 4 epochs % | evaluations | wall s | CPU s |"
     )
-    base = f"Before: {statistics.mean(bases):.1f} % of the 300 test images; {seeds} trainings, {threads} threads."
+    settings = f"{seeds} trainings, {threads} threads, {samples} images for ours"
+    base = f"Before: {statistics.mean(bases):.1f} % of the 300 test images; {settings}."
     publish("against_aimet", __doc__ or "", [base, "", head, "|---|---|---|---|---|---|---|---|---|---|", *rows], write)
 
 
@@ -121,6 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--aimet-python", help="the Python of an environment with aimet-torch")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=512, help="calibration images of ours, of 1,200")
     parser.add_argument("--write", action="store_true", help="also keep the table in benchmarks/results")
     options = parser.parse_args()
-    main(options.aimet_python, options.seeds, options.threads, options.write)
+    main(options.aimet_python, options.seeds, options.threads, options.samples, options.write)

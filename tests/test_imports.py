@@ -31,7 +31,7 @@ LAYERS = (
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
-HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "plotly", "scipy", "sklearn", "transformers")
+HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "transformers")
 
 
 def room_of(file: Path) -> str:
