@@ -15,7 +15,7 @@ from typing import Any
 
 import featherweight as fw
 from featherweight.recipe import every_step
-from featherweight.step import _in_words as in_words
+from featherweight.settings import in_words
 
 PAGE = Path(__file__).with_name("settings.md")
 INTRODUCTION = """\

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -140,17 +141,13 @@ def sketched(data: Mapping[str, Any]) -> Inputs:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU where it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
     """The type of the model's first floating-point parameter or buffer; None where it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return None
+    return next((t.dtype for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
 
 
 def describe(value: Any) -> str:
@@ -182,11 +179,13 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
     if training:
         model.train()
     else:
-        for module in flags:  # not model.eval(), which exported modules refuse and others use to change themselves
+        # Not model.eval(), which exported modules refuse and others use to change themselves.
+        for module in (module for module, flag in flags.items() if flag):
             module.training = False
     try:
         with plain_attention():
             yield model
     finally:
         for module, flag in flags.items():
-            module.training = flag
+            if module.training != flag:
+                module.training = flag

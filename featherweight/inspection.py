@@ -19,7 +19,7 @@ from featherweight.ledger import Entry, Ledger, machine
 from featherweight.report import words
 from featherweight.score import Scorer
 from featherweight.snapshot import snapshot
-from featherweight.task import Task, fingerprint
+from featherweight.task import Task, fingerprint, working_copy
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def inspect(model: nn.Module, task_or_example: Any) -> Inspection:
 def compare(model: nn.Module, other: nn.Module, task: Task, runtimes: Sequence[str] = ()) -> Ledger:
     """Two models side by side, whatever turned one into the other: costs, scores and, when asked for, latencies.
 
+    Copies are run, so that a forward that writes into buffers leaves the models as they are.
+
     Args:
         model: the model before; without an evaluate, the score is agreement with it.
         other: the model after.
@@ -101,9 +103,13 @@ def compare(model: nn.Module, other: nn.Module, task: Task, runtimes: Sequence[s
         runtimes: where to time both: ``torch``, ``onnxruntime``.
     Returns:
         A ledger of one entry, for `featherweight.report` to show.
+    Raises:
+        TaskError: a model cannot be copied, or does not run on the task's inputs.
     """
+    model, other = working_copy(model), working_copy(other)
+    name, identity = type(model).__name__, fingerprint(model)
     scorer = Scorer(task, model)
     before, after = (snapshot(network, task, scorer(network)) for network in (model, other))
     entry = Entry("compare", {}, (), {}, before, after, evaluations=scorer.count, seconds=scorer.seconds)
     timings = time_side_by_side(model, other, task.inputs(), runtimes) if runtimes else ()
-    return Ledger(type(model).__name__, fingerprint(model), scorer.name, (entry,), timings=timings, machine=machine())
+    return Ledger(name, identity, scorer.name, (entry,), timings=timings, machine=machine())

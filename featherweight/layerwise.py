@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall
-from featherweight.curvature.gram import Statistics, gather_paired
+from featherweight.curvature.gram import Statistics, gather_paired, my_share
+from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Edit, Leave, Replace
 from featherweight.errors import RecipeError, TaskError, did_you_mean
 from featherweight.forms import Form, Layer, is_layer
@@ -41,6 +42,8 @@ Made = TypeVar("Made")
 SELECTORS: Mapping[str, type[Greedy] | type[Optimal]] = {"greedy": Greedy, "optimal": Optimal}
 # Fewer samples than this say too little of a batch norm's mean and variance.
 MENDING_SAMPLES = 32
+# Of activations that runs may hold while they wait at a layer for it to be fitted.
+WAITING_BYTES = 2 << 30
 # Points of a layer's curve that go into the ledger.
 CURVE_POINTS = 40
 
@@ -149,6 +152,11 @@ class Layerwise(Step):
         """The plan to carry out, where one was given."""
         return self.select if isinstance(self.select, Plan) else None
 
+    @property
+    def selector(self) -> Selector:
+        """Who chooses under a budget; with a plan, nobody does."""
+        return SELECTORS[self.select]() if isinstance(self.select, str) else cast(Selector, self.select)
+
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         """What is wrong with the settings for this model and task."""
         found = super().problems(model, task)
@@ -165,6 +173,8 @@ class Layerwise(Step):
             found.append(f"select is {self.select!r}{hint or ': use '}{'' if hint else 'optimal, greedy or a plan'}")
         elif not isinstance(self.select, str | Plan | Greedy | Optimal):
             found.append(f"select is a {type(self.select).__name__}: use 'optimal', 'greedy', a selector or a plan")
+        elif self.budget is not None and self.plan is None:
+            found += self.selector.problems(self.budget)
         if self.plan is not None and self.plan.step != self.name:
             found.append(f"the plan is for {self.plan.step}")
         for value in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]:
@@ -188,7 +198,7 @@ class Layerwise(Step):
 
     def edits(self, study: Study) -> Iterator[Edit]:
         """Choose, then replace layer by layer in calling order, then mend."""
-        bench = _Bench(self, study)
+        bench = self._bench(study)
         choosing = self.choose(bench)
         bench.record(choosing)
         yield from (Leave(name, reason) for name, reason in bench.left.items())
@@ -203,7 +213,7 @@ class Layerwise(Step):
             RecipeError: the plan is not for this model.
             BudgetError: the budget cannot be met; the message names the nearest that can.
         """
-        bench = _Bench(self, study)
+        bench = self._bench(study)
         if self.plan is not None:
             self._ordered(self.plan, bench, bench.prices)
         elif self.budget is not None:
@@ -211,10 +221,17 @@ class Layerwise(Step):
 
     def planned(self, study: Study) -> Mapping[str, Cost]:
         """What `edits` would choose, into the study's notes and findings; returns what replaced layers would cost."""
-        bench = _Bench(self, study)
+        bench = self._bench(study)
         choosing = self.choose(bench)
         bench.record(choosing)
         return {name: bench.table.find(name, form).cost for name, form in choosing.plan.layers.items()}
+
+    def _bench(self, study: Study) -> _Bench:
+        """The one bench of this step and study."""
+        bench: _Bench | None = study.worked_out.get("bench")
+        if bench is None or bench.step is not self:
+            bench = study.worked_out["bench"] = _Bench(self, study)
+        return bench
 
     def choose(self, bench: _Bench) -> Choosing:
         """The plan: the given one, the one the settings spell out, or the selector's."""
@@ -231,8 +248,7 @@ class Layerwise(Step):
                 else:
                     picked |= {name: option.form} if option and option.form else {}
             return Choosing(Plan(self.name, picked), "manual")
-        selector = SELECTORS[self.select]() if isinstance(self.select, str) else cast(Selector, self.select)
-        return selector.choose(table, self.budget, bench, self.name)
+        return self.selector.choose(table, self.budget, bench, self.name)
 
     def _ordered(self, plan: Plan, bench: _Bench, table: Table) -> Plan:
         """The plan's layers in calling order, each of them found in the table."""
@@ -363,27 +379,39 @@ class _Bench:
             train: whether to fine-tune as the settings say.
         """
         task, step = self.study.task, self.step
+        lockstep = self._lockstep(model) if self.aware and step.asymmetric and plan.layers else None
         for name, form in track(plan.layers.items(), "fitting layers", total=len(plan.layers)):
             layer = self.layers[name]
-            yield Replace(name, form, step.values(layer, form, self._seen(name, model) if self.aware else None))
+            yield Replace(name, form, step.values(layer, form, self._seen(name, lockstep) if self.aware else None))
             if train and step.epochs_per_layer:
                 finetune(model, task, step.epochs_per_layer)
+                if lockstep is not None:
+                    lockstep.close()  # all layers have changed
         if plan.layers:
-            self._mend(plan, model)
+            self._mend(plan, model, lockstep)
         if train and step.epochs:
             finetune(model, task, step.epochs)
 
-    def _seen(self, name: str, model: nn.Module) -> Statistics | None:
+    def _lockstep(self, model: nn.Module) -> Lockstep:
+        """The original and the model side by side on the calibration data."""
+        batches = list(my_share(self.study.task.batches(model, self.step.samples)))
+        profile, example = self.study.profile, self.study.task.inputs()
+        largest = max((inputs.batch_size for inputs in batches), default=1)
+        waiting = max(1, profile.peak_activation_bytes * largest // example.batch_size)
+        return Lockstep(self.study.original, model, batches, limit=WAITING_BYTES // (2 * waiting))
+
+    def _seen(self, name: str, lockstep: Lockstep | None) -> Statistics | None:
         """A layer's statistics as the model is now: of its inputs after the layers already replaced."""
         seen = self.statistics.get(name)
-        if seen is None or not self.step.asymmetric:
+        if seen is None or lockstep is None:
             return seen
-        batches = self.study.task.batches(model, self.step.samples)
-        calls = len(self.study.profile.layers[name].calls)
-        now = gather_paired(self.study.original, model, name, batches, calls=calls, seed=self.study.seed)
+        pairs = lockstep.at(name, calls=len(self.study.profile.layers[name].calls))
+        now = gather_paired(self.layers[name], pairs, samples=lockstep.samples, seed=self.study.seed)
+        if now is None:
+            raise TaskError(f"no calibration batch reached {name!r}")
         return replace(now, gradients=seen.gradients, positions=seen.positions)
 
-    def _mend(self, plan: Plan, model: nn.Module) -> None:
+    def _mend(self, plan: Plan, model: nn.Module, lockstep: Lockstep | None) -> None:
         """Re-estimate the batch norms behind the first replaced layer."""
         task, samples = self.study.task, self.step.samples
         if not task.has_calibration:
@@ -392,8 +420,13 @@ class _Bench:
         behind = set(rows[min(rows.index(name) for name in plan.layers) :])
         if sum(inputs.batch_size for inputs in task.batches(model, samples)) < MENDING_SAMPLES:
             return
-        divergence = Divergence(self.study.original, task, samples)
-        reestimate_batch_norm(model, lambda: task.batches(model, samples), divergence, behind)
+        if lockstep is None:
+            divergence, before = Divergence(self.study.original, task, samples), None
+        else:
+            original, changed = lockstep.answers()
+            divergence = Divergence(self.study.original, task, samples, original)
+            before = divergence.of(changed)
+        reestimate_batch_norm(model, lambda: task.batches(model, samples), divergence, behind, before)
 
     # The record -----------------------------------------------------------------------------------------------------
 

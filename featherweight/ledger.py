@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from featherweight.errors import ArtifactError
+from featherweight.files import read_json
 
 Record = TypeVar("Record")
 
@@ -233,13 +234,7 @@ class Ledger:
         Raises:
             ArtifactError: the file cannot be read, is not JSON, or not a ledger.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ArtifactError(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{os.fspath(path)} is not a ledger: it is not JSON ({error})") from error
-        return cls.from_json(data)
+        return read_json(path, "a ledger", cls.from_json)
 
 
 def machine() -> str:

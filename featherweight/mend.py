@@ -18,6 +18,7 @@ def reestimate_batch_norm(
     batches: Callable[[], Iterable[Inputs]],
     distance: Callable[[nn.Module], float],
     names: Collection[str],
+    before: float | None = None,
 ) -> bool:
     """Give batch norms the mean and variance of what reaches them now, in place; kept only where answers come nearer.
 
@@ -30,13 +31,14 @@ def reestimate_batch_norm(
         batches: calibration batches, read once.
         distance: how far a model's answers are from what they should be.
         names: which batch norms; others keep what training gave them.
+        before: the distance as the model is, where it is known already.
     Returns:
         Whether new statistics were kept.
     """
     norms = [m for n, m in model.named_modules() if n in names and isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return False
-    before = distance(model)
+    before = distance(model) if before is None else before
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     nearer = False
@@ -69,7 +71,7 @@ def _average(model: nn.Module, norms: Collection[_BatchNorm], batches: Iterable[
 
 
 def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: Statistics) -> Tensor:
-    """The bias that keeps the mean of a layer's outputs what it was: ``b + W E[x] − Ŵ E[x̂]``.
+    """The bias that keeps the mean of a layer's outputs what it was: ``E[W x + b] − Ŵ E[x̂]``.
 
     Nagel et al., 2019, section 4.2, in the form that data gives.
 
@@ -81,5 +83,8 @@ def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: S
     """
     groups, width = statistics.mean.shape
     now = (replaced.double().reshape(groups, -1, width) @ statistics.mean.double()[..., None]).flatten()
-    then = (weight.double().reshape(groups, -1, width) @ statistics.original_mean.double()[..., None]).flatten()
-    return (bias.double() + then - now).to(bias.dtype)
+    if statistics.answer_mean is not None:
+        then = statistics.answer_mean.double().flatten()
+    else:
+        then = bias + (weight.double().reshape(groups, -1, width) @ statistics.mean.double()[..., None]).flatten()
+    return (then - now).to(bias.dtype)

@@ -27,7 +27,7 @@ from torch import nn
 from featherweight import artifact
 from featherweight.artifact import load as load_artifact
 from featherweight.compressed import Compressed
-from featherweight.cost.count import profile
+from featherweight.cost.count import Profile, profile
 from featherweight.edits import Edit, Leave, Replace
 from featherweight.errors import (
     ArtifactError,
@@ -37,10 +37,12 @@ from featherweight.errors import (
     RecipeError,
     did_you_mean,
 )
+from featherweight.export.program import draft
+from featherweight.files import read_text
 from featherweight.layerwise import Layerwise
 from featherweight.ledger import Entry, Ledger, machine
 from featherweight.score import Scorer
-from featherweight.snapshot import repriced, snapshot
+from featherweight.snapshot import of_profile, repriced
 from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
@@ -106,7 +108,7 @@ class Recipe:
         """
         self.check(model, task)
         run = _Run(self, model, task, seed, folder)
-        before = snapshot(run.model, task, None)
+        before = of_profile(run.profile, None)
         for step in self.steps:
             begun, study = time.monotonic(), run.study()
             after = before
@@ -159,9 +161,13 @@ class Recipe:
         """Read a recipe from a YAML file.
 
         Raises:
-            RecipeError: it is no recipe; all problems at once.
+            RecipeError: the file cannot be read, or is no recipe; all problems at once.
         """
-        return Recipe.from_yaml(Path(path).read_text(encoding="utf-8"))
+        try:
+            text = read_text(path, "a recipe")
+        except ArtifactError as error:
+            raise RecipeError([str(error)]) from error
+        return Recipe.from_yaml(text)
 
     @staticmethod
     def from_yaml(text: str) -> Recipe:
@@ -250,14 +256,13 @@ def _step(item: Any) -> Step:
         raise RecipeError([f"{name}: {error}"]) from error
 
 
-def _check_called(model: nn.Module, task: Task, changes: Iterable[Edit]) -> None:
-    """Every replacement takes part in a run of the model.
+def _check_called(model: nn.Module, counted: Profile, changes: Iterable[Edit]) -> None:
+    """Every replacement takes part in a run of the model, as its profile tells.
 
     Raises:
         EditError: one does not: the model keeps the old layer in a place of its own and calls that.
     """
-    uncalled = profile(model, task.inputs()).uncalled
-    if lost := [edit.layer for edit in changes if isinstance(edit, Replace) and edit.layer in uncalled]:
+    if lost := [edit.layer for edit in changes if isinstance(edit, Replace) and edit.layer in counted.uncalled]:
         raise EditError(
             f"{', '.join(lost)} was replaced, but {type(model).__name__} goes on calling the old layer, which it also "
             "holds where PyTorch does not see it, such as in a plain list: hold layers in nn.ModuleList, or ignore them"
@@ -275,7 +280,9 @@ class _Run:
         self.folder = None if folder is None else Path(folder)
         self.edits: list[Edit] = []
         self.scorer = Scorer(task, self.model)
-        self.start = profile(model, task.inputs()).total
+        self.profile = profile(self.model, task.inputs())  # of the model as it is now
+        self.start = self.profile.total
+        self._checked: Study | None = None
         self.ledger = Ledger(
             model=type(model).__name__,
             fingerprint=fingerprint(model),
@@ -296,7 +303,9 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             store = str(self.folder / "evaluations.sqlite")
         reference = copy.deepcopy(self.model)
-        return Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store)
+        study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store)
+        study.__dict__["profile"] = self.profile
+        return study
 
     def check(self) -> None:
         """What is only known of the model as it is now, and can still be said before anything slow.
@@ -309,18 +318,19 @@ class _Run:
             artifact.check(self.model)
         following = self.recipe.steps[len(self.ledger.steps) :]
         if following and isinstance(following[0], Layerwise):
-            following[0].check(self.study())
+            self._checked = self.study()
+            following[0].check(self._checked)
 
     def carry_out(self, index: int, score: float | None) -> float:
         """One step, start to end; returns the score after it."""
         torch.manual_seed(self.seed + index)  # of its own, so that a run taken up again goes on as one in one piece
         step, begun, asked = self.recipe.steps[index], time.monotonic(), self.scorer.count
-        study = self.study()
+        study, self._checked = self._checked or self.study(), None
         if score is None:
             score = study.original_score
         else:
             study.__dict__["original_score"] = score
-        before = snapshot(self.model, self.task, score)
+        before = of_profile(self.profile, score)
         done: list[Edit] = []
         for edit in step.edits(study):
             edit.apply(self.model)
@@ -332,8 +342,10 @@ class _Run:
             reasons = sorted({edit.reason for edit in done if isinstance(edit, Leave)})
             why = "; ".join(reasons) or "no layer it could change"
             warnings.warn(f"{step.name} changed nothing: {why}", NoEffect, stacklevel=4)
-        after = snapshot(self.model, self.task, after_score)
-        _check_called(self.model, self.task, changes)
+        if changes:
+            self.profile = profile(self.model, self.task.inputs())
+        _check_called(self.model, self.profile, changes)
+        after = of_profile(self.profile, after_score)
         self.edits += changes
         self.add(step, done, study, before, after, time.monotonic() - begun, self.scorer.count - asked)
         self._keep(index)
@@ -378,7 +390,8 @@ class _Run:
             return
         artifact.save(self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger)
         state = {"steps": index + 1, "identity": self._identity(index + 1)}
-        (self.folder / "run.json").write_text(json.dumps(state), encoding="utf-8")
+        with draft(self.folder / "run.json") as file:
+            file.write_text(json.dumps(state), encoding="utf-8")
 
     def resume(self) -> float | None:
         """Take up the steps that an earlier run of the same recipe finished; returns the score they led to."""
@@ -390,7 +403,7 @@ class _Run:
             if state["identity"] == self._identity(finished):
                 kept = copy.deepcopy(self.model)
                 self.edits, self.ledger, _ = load_artifact(self.folder / f"step-{finished}.fw", kept)
-                self.model = kept
+                self.model, self.profile = kept, profile(kept, self.task.inputs())
                 return self.ledger.after.score
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -101,34 +101,44 @@ class Divergence:
     pixel); otherwise the squared error as a share of the original's answers.
     """
 
-    def __init__(self, original: nn.Module, task: Task, samples: int | None = None) -> None:
+    def __init__(
+        self, original: nn.Module, task: Task, samples: int | None = None, answers: Sequence[Any] | None = None
+    ) -> None:
         """Args:
         original: the model whose answers are right.
         task: where calibration batches come from; the example where it has none.
         samples: how many to look at; None for all.
+        answers: the original's, batch by batch, where they are known already.
         """
         self._batches: Callable[[], Iterator[Inputs]] = lambda: task.batches(original, samples)
-        with torch.no_grad(), mode(original, training=False):
-            raw = [inputs.into(original) for inputs in self._batches()]
+        raw = list(self._answers(original)) if answers is None else answers
         self._classes = class_dimension(raw[0], task.loss)
         self._reference = [tensors_in(answer) if self._classes is None else [logits_of(answer)] for answer in raw]
 
     def __call__(self, model: nn.Module) -> float:
         """The divergence of a model's answers, 0 for the original's own."""
+        return self.of(self._answers(model))
+
+    def of(self, answers: Iterable[Any]) -> float:
+        """The divergence of answers, batch by batch."""
         wrong = whole = 0.0
-        with torch.no_grad(), mode(model, training=False):
-            for inputs, reference in zip(self._batches(), self._reference, strict=True):
-                answer = inputs.into(model)
-                if self._classes is not None:
-                    pair = (*reference, logits_of(answer))
-                    right, given = (t.movedim(self._classes, -1).double().log_softmax(-1) for t in pair)
-                    wrong += float((right.exp() * (right - given)).sum())
-                    whole += right[..., 0].numel()
-                else:
-                    for a, r in zip(tensors_in(answer), reference, strict=True):
-                        wrong += float((a.double() - r.double()).square().sum())
-                        whole += float(r.double().square().sum())
+        for answer, reference in zip(answers, self._reference, strict=True):
+            if self._classes is not None:
+                pair = (*reference, logits_of(answer))
+                right, given = (t.movedim(self._classes, -1).double().log_softmax(-1) for t in pair)
+                wrong += float((right.exp() * (right - given)).sum())
+                whole += right[..., 0].numel()
+            else:
+                for a, r in zip(tensors_in(answer), reference, strict=True):
+                    wrong += float((a.double() - r.double()).square().sum())
+                    whole += float(r.double().square().sum())
         return wrong / whole if whole else float(wrong > 0)
+
+    def _answers(self, model: nn.Module) -> Iterator[Any]:
+        for inputs in self._batches():
+            with torch.no_grad(), mode(model, training=False):
+                answer = inputs.into(model)
+            yield answer
 
 
 def class_dimension(outputs: Any, loss: Loss | None) -> int | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from featherweight.edits import Edit
+from featherweight.settings import mistyped
 from featherweight.study import Study
 from featherweight.task import Task
 
@@ -49,13 +48,7 @@ class Step(ABC):
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         """All that keeps the step from running on this model, a sentence each; looked at before anything slow."""
-        hints = typing.get_type_hints(type(self))
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return [
-            f"{name} is {value!r}, a {type(value).__name__}: it takes {_in_words(hints[name])}"
-            for name, value in given.items()
-            if not fits(value, hints[name])
-        ]
+        return mistyped(self)
 
     def settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, as JSON-ready data."""
@@ -80,41 +73,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return float(value) if isinstance(value, float) else value  # numpy's float is one too, but YAML knows it not
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a setting's value is of the annotated type; whole numbers serve where real ones are asked for."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(
-            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
-        )
-    if origin is tuple:
-        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
-    if annotation is None or annotation is type(None):
-        return value is None
-    if isinstance(value, bool):
-        return annotation is bool
-    if annotation is float:
-        return isinstance(value, int | float)
-    return isinstance(value, annotation)
-
-
-def _in_words(annotation: Any) -> str:
-    """A type as users say it: ``float | None | a mapping from layer pattern to float``."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_in_words(argument) for argument in arguments))
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"{{layer pattern: {_in_words(arguments[1])}}}"
-    if origin is tuple:
-        return f"a list of {_in_words(arguments[0])}"
-    if origin is typing.Literal:
-        return " or ".join(map(repr, arguments))
-    return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))

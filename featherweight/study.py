@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from featherweight.batch import mode
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
 from featherweight.curvature.gram import Statistics, classifier_loss, gather, regression_loss
@@ -32,6 +33,7 @@ class Study:
         store: file of evaluations that outlive the run; None to keep them in memory.
         notes: what the step wants the user to know, a sentence each.
         findings: what the step wants in the ledger beside its edits, by field of the ledger's entry.
+        worked_out: what the step has found out when it was checked, and need not find out again.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Study:
     store: str | None = None
     notes: list[str] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
+    worked_out: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def profile(self) -> Profile:
@@ -76,8 +79,7 @@ class Study:
         return gather(self.original, layers, self.task.batches(self.original, samples), seed=self.seed)
 
     def _loss(self) -> Any:
-        with torch.no_grad():
-            self.original.eval()
-            outputs = next(self.task.batches(self.original, 1)).into(self.original)
+        with torch.no_grad(), mode(self.original, training=False):
+            outputs = self.task.inputs().on(self.original).into(self.original)
         dim = class_dimension(outputs, self.task.loss)
         return regression_loss if dim is None else classifier_loss(dim)

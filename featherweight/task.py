@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from featherweight.batch import Inputs, as_inputs, describe, dtype_of, mode, tensors_in
 from featherweight.errors import TaskError, did_you_mean
@@ -31,7 +32,7 @@ class Task:
             those of this call, so its batch size is the one that costs are quoted for.
         calibration: batches of inputs, labels not needed; an iterable that can be read again and again, such as a
             list, ``images.split(64)`` or a DataLoader. Of a batch (images, labels) as many leading elements are used
-            as the example has.
+            as the example has. A DataLoader that shuffles is read in one order, drawn once and always the same.
         evaluate: ``evaluate(model) -> float``, higher is better. Without it, the score is agreement with the original
             on the calibration data (on the example where there is none): the share of equal top-1 classes for a
             classifier, otherwise 1 − ‖answer − original's‖ / ‖original's‖.
@@ -111,7 +112,7 @@ class Task:
             samples: stop after the batch in which this many samples were reached; None for all.
         """
         example, seen = self.inputs(), 0
-        for batch in self.calibration:
+        for batch in self._batches:
             inputs = as_inputs(batch, like=example)
             yield inputs.on(model)
             seen += inputs.batch_size
@@ -123,7 +124,12 @@ class Task:
     @property
     def has_calibration(self) -> bool:
         """Whether there is at least one calibration batch."""
-        return next(iter(self.calibration), None) is not None
+        return next(iter(self._batches), None) is not None
+
+    @functools.cached_property
+    def _batches(self) -> Iterable[Any]:
+        """The calibration as it is read: the same batches each time, as far as their order is concerned."""
+        return _in_one_order(self.calibration) if isinstance(self.calibration, DataLoader) else self.calibration
 
     def problems(self, model: nn.Module) -> list[str]:
         """All that keeps this task from being used with this model, a sentence each; nothing is changed."""
@@ -133,13 +139,9 @@ class Task:
         problems = [*_bad_values(model), *self._bad_functions()]
         calibration = self._bad_calibration()
         try:
-            working = copy.deepcopy(model)  # a forward may write into buffers
-        except Exception as error:  # whatever a user's module does when it is copied
-            copying = (
-                f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and the "
-                "caller's model is never changed: make it work with copy.deepcopy"
-            )
-            return [*problems, *calibration, copying]
+            working = working_copy(model)
+        except TaskError as error:
+            return [*problems, *calibration, str(error)]
         if problems:
             return [*problems, *calibration]
         with torch.random.fork_rng(devices=()):
@@ -153,7 +155,7 @@ class Task:
         if not isinstance(self.calibration, Iterable):
             return [f"calibration is a {type(self.calibration).__name__}: give an iterable of batches"]
         try:
-            first, again = (list(islice(self.calibration, 1)) for _ in range(2))
+            first, again = (list(islice(self._batches, 1)) for _ in range(2))
         except Exception as error:  # whatever a user's data set raises
             return [f"calibration raised {type(error).__name__} at its first batch: {first_line(error)}"]
         if not first and self.calibration != ():
@@ -179,7 +181,7 @@ class Task:
         problems = []
         named: list[tuple[str, Any]] = [("example", self.example)]
         if calibration:
-            named += [("the first calibration batch", batch) for batch in islice(self.calibration, 1)]
+            named += [("the first calibration batch", batch) for batch in islice(self._batches, 1)]
         for name, given in named:
             try:
                 inputs = as_inputs(given, None if name == "example" else self.inputs()).on(model)
@@ -204,13 +206,28 @@ class Task:
     def fingerprint(self) -> str:
         """A hash of the example, the calibration data, the loss, and the code of `evaluate` and `train`."""
         digest = hashlib.sha256()
-        for inputs in (self.inputs(), *(as_inputs(b, like=self.inputs()) for b in self.calibration)):
+        for inputs in (self.inputs(), *(as_inputs(b, like=self.inputs()) for b in self._batches)):
             for tensor in inputs.tensors():
                 digest.update(describe(tensor).encode())
                 digest.update(raw_bytes(tensor))
         for part in (self.evaluate, self.train, self.loss):
             digest.update(_source(part).encode())
         return digest.hexdigest()
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A copy of the caller's model to run and to change: even a forward may write into buffers.
+
+    Raises:
+        TaskError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a user's module does when it is copied
+        raise TaskError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and the "
+            "caller's model is never changed: make it work with copy.deepcopy"
+        ) from error
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -232,6 +249,41 @@ def raw_bytes(tensor: Tensor) -> bytes:
 def first_line(error: BaseException) -> str:
     """The first line of an error's own message."""
     return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _in_one_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of the same batches as one that shuffles, in an order drawn now; any other loader as it is.
+
+    The order is drawn with the loader's own generator, which is left as it was, or else with a seed of 0, so that it is
+    the same in every run. Only indices are kept. What a data set does to its samples at random stays random.
+    """
+    batch_sampler = loader.batch_sampler
+    sampler = getattr(batch_sampler, "sampler", None)
+    if type(batch_sampler) is BatchSampler and isinstance(sampler, SequentialSampler):
+        return loader
+    # Without a batch sampler, or in a loader of a kind of its own, nothing says how the batches come about.
+    if batch_sampler is None or isinstance(loader.dataset, IterableDataset) or type(loader) is not DataLoader:
+        return loader
+    generators = [g for g in (getattr(s, "generator", None) for s in (batch_sampler, sampler)) if g is not None]
+    states = [generator.get_state() for generator in generators]
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
+        order = list(batch_sampler)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=order,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),  # of the workers' seeds, so that reading uses up no other random numbers
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
 
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:

@@ -202,8 +202,8 @@ def test_bench_times_both_networks(folder: Path, saved: Ledger, capsys: pytest.C
     [
         ("inspect missing.py", "there is no file missing.py: give a Python file that defines model() and task()"),
         ("inspect recipe.yaml", "recipe.yaml is no Python file: give one that defines model() and task()"),
-        ("run project.py missing.yaml", "No such file or directory: 'missing.yaml'"),
-        ("plan project.py missing.yaml", "No such file or directory: 'missing.yaml'"),
+        ("run project.py missing.yaml", "missing.yaml cannot be read: No such file or directory"),
+        ("plan project.py missing.yaml", "missing.yaml cannot be read: No such file or directory"),
         ("report missing.json", "missing.json cannot be read: No such file or directory"),
         ("report project.py", "project.py is not a ledger"),
         ("export project.py missing.fw model.onnx", "there is no file missing.fw"),

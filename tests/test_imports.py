@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "featherweight"
 
 # Bottom to top. A room (a file or folder of the package) imports from rows above its own only, never from its own row.
 LAYERS = (
-    ("errors",),
+    ("errors", "settings"),
+    ("files",),
     ("batch", "ledger", "progress"),
     ("forms",),
     ("train",),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from counting import Counting
+from networks import make, task_of
 from torch import Tensor, nn
 
 import featherweight as fw
@@ -160,11 +163,26 @@ def test_comparing_with_what_compress_made_says_what_compress_said(inputs: Tenso
 def test_the_task_s_own_score_is_asked_of_both(model: nn.Module, inputs: Tensor) -> None:
     other = copy.deepcopy(model)
     other.head = nn.Identity()
-    scores = {id(model): 0.9, id(other): 0.7}
-    ledger = fw.compare(model, other, fw.Task(inputs[:1], evaluate=lambda network: scores[id(network)]))
+    scores = {nn.Linear: 0.9, nn.Identity: 0.7}
+    ledger = fw.compare(model, other, fw.Task(inputs[:1], evaluate=lambda network: scores[type(network.head)]))
     assert (ledger.before.score, ledger.after.score) == (0.9, 0.7)
     assert ledger.before.total.macs - ledger.after.total.macs == 5 * 3
     assert "score 90.0 % → 70.0 %" in text(ledger)
+
+
+def test_models_that_write_into_their_buffers_stay_as_they_are() -> None:
+    model, other = make(Counting), make(Counting, seed=1).train()
+    fw.compare(model, other, task_of(model), runtimes=["torch"])
+    assert (model.calls, other.calls) == (0, 0)
+    assert not model.training
+    assert other.training
+
+
+def test_a_model_that_cannot_be_copied_is_not_compared(model: nn.Module, inputs: Tensor) -> None:
+    other = copy.deepcopy(model)
+    other.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(TaskError, match=r"Mixed cannot be copied .*: make it work with copy\.deepcopy"):
+        fw.compare(model, other, fw.Task(inputs[:1]))
 
 
 def test_both_are_timed_where_asked(model: nn.Module, inputs: Tensor) -> None:

@@ -97,7 +97,7 @@ def test_a_ledger_with_a_field_missing_or_too_many_is_refused(damage):
     [
         (b"", "is not a ledger: it is not JSON"),
         (b"{", "is not a ledger: it is not JSON"),
-        (b"\xff\xfe\x00", "is not a ledger: it is not JSON"),
+        (b"\xff\xfe\x00", "is not a ledger: it is not text"),
         (b"[]", "this is not a ledger of this version"),
         (b"null", "this is not a ledger of this version"),
     ],

@@ -182,7 +182,9 @@ def test_the_bias_makes_up_for_the_mean(groups: int, kernel: tuple[int, ...]) ->
     was, now = randn(groups, 50, width, seed=3).double() + 1, randn(groups, 50, width, seed=4).double() - 1
     bias = randn(6, seed=5).double()
     nothing = torch.zeros(groups, width, width)
-    seen = Statistics(nothing, now.mean(1), cross=nothing, cross_mean=was.mean(1))
+    answers = torch.stack([(was[g] @ weight.reshape(groups, -1, width)[g].T).mean(0) for g in range(groups)])
+    answers += bias.reshape(groups, -1)
+    seen = Statistics(nothing, now.mean(1), cross=answers[..., None] * now.mean(1)[:, None], answer_mean=answers)
     found = corrected_bias(weight, bias, replaced, seen)
 
     def mean(matrix: Tensor, x: Tensor, offset: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
+from counting import Counting
 from networks import Mixed, Residual, Transformer, assert_same_state, make, task_of, train
-from torch import Tensor, nn
+from torch import nn
 
 import featherweight as fw
 from featherweight import factorize, study
@@ -121,6 +123,10 @@ def test_all_problems_are_said_at_once_and_nothing_is_asked():
             "the pattern 'secnd' matches none of 3 layers; did you mean 'second'?",
         ),
         (factorize.SVD(budget=0.5), "budget is 0.5, a float: it takes Budget or None"),  # type: ignore[arg-type]
+        (
+            factorize.SVD(budget=fw.Budget(macs=0.5, drop=0.1), select="greedy"),
+            "greedy takes exactly one cost limit, and the budget is macs ≤ 0.5, drop ≤ 0.1: choose with 'optimal'",
+        ),
         (factorize.SVD(budget=fw.Budget(macs=0.5), select="gredy"), "select is 'gredy'; did you mean 'greedy'?"),
         (
             factorize.SVD(budget=fw.Budget(macs=0.5), select=3),
@@ -228,6 +234,10 @@ def test_yaml_as_one_writes_it():
             "steps: [{factorize.SVD: {select: {greedy: {candidates: 1}}}}]",
             "candidates is 1: give a whole number from 2",
         ),
+        (
+            "steps: [{factorize.SVD: {select: {optimal: {evaluations: many}}}}]",
+            "Optimal: evaluations is 'many', a str: it takes int",
+        ),
         ("steps: [{factorize.SVD: {select: {step: a, layers: {fc: 3}}}}]", "this is not a plan: of 'fc' it says 3"),
         ("steps: [{factorize.SVD: {select: {step: a, layers: {fc: {form: Low}}}}}]", "there is no form 'Low'"),
     ],
@@ -245,6 +255,19 @@ def test_all_mistakes_in_a_file_are_said_at_once(tmp_path):
     with pytest.raises(RecipeError) as raised:
         fw.Recipe.load(tmp_path / "recipe.yaml")
     assert len(raised.value.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "cannot be read: No such file or directory"), (b"\x89PNG\r\n\xff", "is not a recipe")]
+)
+def test_a_file_that_is_no_text_is_named(tmp_path, content, said):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError) as raised:
+        fw.Recipe.load(path)
+    (problem,) = raised.value.problems
+    assert problem.startswith(f"{path} {said}")
 
 
 def test_wrong_types_in_yaml_are_found_when_the_recipe_is_checked():
@@ -381,15 +404,6 @@ def test_gradients_switched_off_by_the_caller_have_no_say():
 
 
 def test_a_model_that_writes_into_its_buffers_stays_as_it_is():
-    class Counting(Mixed):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return super().forward(x)
-
     model = make(Counting)
     fw.compress(model, HALF, task=task_of(model))
     assert model.calls == 0
@@ -469,6 +483,32 @@ def test_a_run_goes_on_after_the_last_step_that_was_finished(tmp_path, monkeypat
     finished = recipe.run(model, task, folder=tmp_path)
     assert evaluate.calls == 0
     assert_same_state(finished.model, whole.model)
+
+
+def test_the_record_of_a_run_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, evaluate = make(Mixed), Counted()
+    task = task_of(model, evaluate=evaluate)
+    recipe = fw.Recipe(factorize.SVD(rank={"first": 3}), factorize.SVD(rank={"second": 3}))
+    whole, write, writes = recipe.run(model, task), Path.write_text, []
+
+    def dies_halfway(path: Path, text: str, **settings: Any) -> int:
+        if path.name == "run.json":
+            writes.append(path)
+            if len(writes) == 2:
+                write(path, text[:9], **settings)
+                raise Killed
+        return write(path, text, **settings)
+
+    monkeypatch.setattr(Path, "write_text", dies_halfway)
+    with pytest.raises(Killed):
+        recipe.run(model, task, folder=tmp_path)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 1
+    evaluate.calls = 0
+    assert_same_state(recipe.run(model, task, folder=tmp_path).model, whole.model)
+    assert evaluate.calls == 1, "of the second step only"
+    kept = {"run.json", "step-1.fw", "step-2.fw", "evaluations.sqlite"}
+    assert {file.name for file in tmp_path.iterdir()} <= {*kept, "evaluations.sqlite-wal", "evaluations.sqlite-shm"}
 
 
 def test_single_layer_scores_are_not_measured_again(tmp_path):

@@ -17,7 +17,7 @@ from featherweight.edits import Edit
 from featherweight.forms import LowRank
 from featherweight.search.optimal import Optimal
 from featherweight.search.options import Plan
-from featherweight.step import Stage, Step, fits, plain
+from featherweight.step import Stage, Step, plain
 from featherweight.study import Study
 
 
@@ -65,32 +65,6 @@ def test_settings_of_every_kind_are_plain_data(value: Any, data: Any):
     assert plain(value) == data
     assert json.loads(json.dumps(plain(value))) == data
     assert type(plain(value)) in (dict, float)
-
-
-@pytest.mark.parametrize(
-    ("value", "annotation", "right"),
-    [
-        (1, float, True),
-        (True, float, False),
-        (True, int, False),
-        (True, bool, True),
-        (1, bool, False),
-        (1.0, int, False),
-        ("1", float, False),
-        (None, float | None, True),
-        ({"a": 1.0}, float | Mapping[str, float], True),
-        ({"a": "high"}, float | Mapping[str, float], False),
-        ({1: 1.0}, Mapping[str, float], False),
-        (("a",), tuple[str, ...], True),
-        ("a", tuple[str, ...], False),
-        (("a", 1), tuple[str, ...], False),
-        ("l1", Literal["l1", "l2"], True),
-        ("l3", Literal["l1", "l2"], False),
-        (object(), Any, True),
-    ],
-)
-def test_what_fits_a_type(value: Any, annotation: Any, right: bool):
-    assert fits(value, annotation) is right
 
 
 @pytest.mark.parametrize(

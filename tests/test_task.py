@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from counting import Counting
 from networks import Mixed, Residual, Transformer, assert_same_state, make, task_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 import featherweight as fw
+from featherweight import factorize
 from featherweight.batch import Inputs
 from featherweight.errors import TaskError
 from featherweight.task import fingerprint
@@ -100,7 +102,7 @@ def test_batches_stop_where_enough_samples_were_seen():
         ("tensor", r"calibration is one tensor: give batches of it, such as calibration=images.split(64)"),
         (5, "calibration is a int: give an iterable of batches"),
         ("raises", "calibration raised OSError at its first batch: the disk is gone"),
-        ("shuffled", "give a loader with shuffle=False and no augmentation, or a list of its batches"),
+        ("augmented", "give a loader with shuffle=False and no augmentation, or a list of its batches"),
         ([X[:, :5]], "Mixed (float32) cannot run on the first calibration batch (float32[8, 5]): RuntimeError: "),
         ([{"x": X}], "the first calibration batch: a batch is a dict with ['x'] but the example is positional"),
         (
@@ -108,7 +110,7 @@ def test_batches_stop_where_enough_samples_were_seen():
             "the first calibration batch (float32[8, 12]) holds NaN or infinite values: clean the data",
         ),
     ],
-    ids=["empty", "generator", "tensor", "number", "raises", "shuffled", "shape", "dict", "nan"],
+    ids=["empty", "generator", "tensor", "number", "raises", "augmented", "shape", "dict", "nan"],
 )
 def test_calibration_that_cannot_be_used(given, message):
     class Raises:
@@ -119,7 +121,7 @@ def test_calibration_that_cannot_be_used(given, message):
         "generator": (batch for batch in X.split(4)),
         "tensor": X,
         "raises": Raises(),
-        "shuffled": DataLoader(TensorDataset(torch.randn(64, 12)), 8, shuffle=True),
+        "augmented": DataLoader(TensorDataset(X), 4, collate_fn=lambda rows: torch.rand(4, 12)),
     }
     calibration = made[given] if isinstance(given, str) else list(given) if given == () else given
     assert message in problem(make(Mixed), example=X[:1], calibration=calibration)
@@ -230,15 +232,6 @@ def test_all_problems_are_said_at_once():
 
 
 def test_looking_for_problems_changes_nothing():
-    class Counting(Mixed):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return super().forward(x + 0 * torch.rand(()))
-
     model = make(Counting).train()
     before, random = copy.deepcopy(model), torch.random.get_rng_state()
     assert fw.Task(X[:1], calibration=[X]).problems(model) == []
@@ -248,6 +241,48 @@ def test_looking_for_problems_changes_nothing():
 
 
 # Loaders
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "generator", "sampler", "batch sampler", "workers"])
+def test_a_loader_that_shuffles_is_read_in_one_order(kind):
+    rows = TensorDataset(torch.arange(64.0)[:, None].expand(64, 12), torch.zeros(64))
+    generator = torch.Generator().manual_seed(7)
+    samplers = BatchSampler(RandomSampler(rows), 8, drop_last=False)
+    loader = {
+        "shuffle": lambda: DataLoader(rows, 10, shuffle=True, drop_last=True),
+        "generator": lambda: DataLoader(rows, 10, shuffle=True, drop_last=True, generator=generator),
+        "sampler": lambda: DataLoader(rows, 10, sampler=SubsetRandomSampler(range(64)), drop_last=True),
+        "batch sampler": lambda: DataLoader(rows, batch_sampler=samplers),
+        "workers": lambda: DataLoader(rows, 32, shuffle=True, num_workers=1),
+    }[kind]()
+    model, random, state = make(Mixed), torch.random.get_rng_state(), generator.get_state()
+    task = fw.Task(X[:1], calibration=loader)
+    assert task.problems(model) == []
+    first, again = ([inputs.args[0] for inputs in task.batches(model)] for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    assert [len(batch) for batch in first] == {"batch sampler": [8] * 8, "workers": [32] * 2}.get(kind, [10] * 6)
+    seen = torch.cat(first)[:, 0]
+    assert len(seen.unique()) == len(seen)
+    assert not torch.equal(seen, seen.sort().values)
+    assert fw.Task(X[:1], calibration=loader).fingerprint() == task.fingerprint(), "so that a run can be taken up again"
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_a_loader_in_order_is_read_as_it_is():
+    loader = DataLoader(TensorDataset(X, torch.zeros(len(X))), 3)
+    batches = [inputs.args[0] for inputs in fw.Task(X[:1], calibration=loader).batches(make(Mixed))]
+    assert torch.equal(torch.cat(batches), X)
+
+
+def test_a_model_is_compressed_on_a_loader_that_shuffles():
+    model = make(Mixed)
+    loader = DataLoader(TensorDataset(Mixed.data(48)), 16, shuffle=True)
+    small, again = (
+        fw.compress(model, factorize.SVD(budget=fw.Budget(macs=0.6)), task=fw.Task(X[:1], calibration=loader))
+        for _ in range(2)
+    )
+    assert_same_state(small.model, again.model)
 
 
 def test_from_loaders_fills_in_everything():

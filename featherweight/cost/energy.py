@@ -1,8 +1,8 @@
 """Energy of one call, estimated from published energies per operation: to compare networks by, not a measurement.
 
-Horowitz, "Computing's Energy Problem (and what we can do about it)", ISSCC 2014, figure 1.1.9: 45 nm, 0.9 V.
-The 640 pJ for 32 bits from DRAM is the low end of its 1.3–2.6 nJ for 64 bits, as Han et al., "Learning both Weights and
-Connections for Efficient Neural Networks", NeurIPS 2015, figure 1, tabulate it.
+Arithmetic: Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, pages 10–14, figure 1.1.9:
+45 nm, 0.9 V. Memory: the 640 pJ for 32 bits from DRAM of Han et al., "Learning both weights and connections for
+efficient neural networks", NeurIPS 2015, figure 1; Horowitz gives 1.3–2.6 nJ for 64 bits; it is about half its low end.
 
 Left out: caches and every reuse of a value once it is on the chip, instruction fetch and control, leakage, and
 element-wise work. On today's chips every figure is several times lower; what carries over is that moving a value costs

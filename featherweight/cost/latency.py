@@ -79,9 +79,9 @@ def torch_run(model: nn.Module, inputs: batch.Inputs) -> Callable[[], Any]:
     """A call of the model in PyTorch, in evaluation and inference mode, that returns once its device is done.
 
     The inputs are moved to the model's device and type now, not in the timed call. The caller's model stays in its
-    mode: what runs is a copy that shares its parameters and buffers.
+    mode: what runs is a copy that shares its parameters, not its buffers, which a forward may write into.
     """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     network = copy.deepcopy(model, shared).eval()
     inputs, device = inputs.on(model), batch.device_of(model)
 

@@ -7,13 +7,14 @@ arxiv.org/abs/1503.05671; Grosse & Martens, A Kronecker-factored approximate Fis
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ _WEIGHTS = {
     "gram": "rows",
     "mean": "rows",
     "cross": "rows",
-    "cross_mean": "rows",
+    "answer_mean": "rows",
     "gradients": "gradient_rows",
     "positions": "samples",
 }
@@ -38,6 +39,11 @@ _WEIGHTS = {
 # Of the softmax whose curvature weighs a classifier's layers. By measured divergence of compressed networks 2 is better
 # than 1 wherever a network is sure of its answers, and no worse elsewhere.
 TEMPERATURE = 2.0
+
+
+# Rows that a least-squares fit looks at, as a multiple of the input's width: with n times as many samples as unknowns
+# the fit's error is 1 + 1/n times the least.
+ROWS_A_COLUMN = 32
 
 
 @dataclass
@@ -49,9 +55,9 @@ class Statistics:
             kernel, channels before kernel axes), per group: (groups, d, d), float32.
         mean: E[x]: (groups, d), float32.
         gradients: A = E[g gᵀ], g the gradient of one sample's loss at one output position: (outputs, outputs), or None.
-        cross: E[y xᵀ], where x comes out of a network that was changed before this layer and y is what the original had
-            in its place: (groups, d, d); None where nothing was changed, and y is x.
-        cross_mean: E[y]: (groups, d); None where y is x.
+        cross: E[a xᵀ], where x comes out of a network that was changed before this layer and a is what the layer
+            answers in the original, its bias included: (groups, outputs / groups, d); None where nothing was changed.
+        answer_mean: E[a]: (groups, outputs / groups); None where nothing was changed.
         rows: how many x were seen.
         positions: output positions a sample, over all calls: tokens, pixels; 1 for a plain Linear that is called once.
         gradient_rows: how many g were seen.
@@ -62,22 +68,19 @@ class Statistics:
     mean: Tensor
     gradients: Tensor | None = None
     cross: Tensor | None = None
-    cross_mean: Tensor | None = None
+    answer_mean: Tensor | None = None
     rows: int = 0
     positions: float = 1.0
     gradient_rows: int = 0
     samples: int = 0
 
-    @property
-    def original_mean(self) -> Tensor:
-        """E[y], the mean of what the original has in this layer's inputs' place: (groups, d)."""
-        return self.mean if self.cross_mean is None else self.cross_mean
-
     def centred(self) -> Statistics:
-        """The same of x − E[x] and y − E[y]: what is left to fit once a bias takes care of the means."""
-        mean, original_mean = self.mean.to(self.gram.device), self.original_mean.to(self.gram.device)
+        """The same of x − E[x] and a − E[a]: what is left to fit once a bias takes care of the means."""
+        mean = self.mean.to(self.gram.device)
         gram = self.gram - mean[..., :, None] * mean[..., None, :]
-        cross = None if self.cross is None else self.cross - original_mean[..., :, None] * mean[..., None, :]
+        cross = None
+        if self.cross is not None and self.answer_mean is not None:
+            cross = self.cross - self.answer_mean[..., :, None] * mean[..., None, :]
         return replace(self, gram=gram, cross=cross)
 
 
@@ -143,7 +146,7 @@ def gather(
         for name, layer in layers.items():
             handle = layer.register_forward_hook(watch(name, layer), with_kwargs=True)
             stack.callback(handle.remove)
-        for inputs in _my_share(track(batches, "watching what the data does")):
+        for inputs in my_share(track(batches, "watching what the data does")):
             probes.clear()
             samples += inputs.batch_size
             with torch.set_grad_enabled(gradients is not None):
@@ -168,78 +171,44 @@ def gather(
 
 
 def gather_paired(
-    original: nn.Module,
-    changed: nn.Module,
-    name: str,
-    batches: Iterable[Inputs],
-    *,
-    calls: int = 1,
-    effort: float = 8.0,
-    seed: int = 0,
-) -> Statistics:
-    """The statistics of one layer's inputs in a network whose earlier layers were changed, against the original's.
-
-    Both networks run on the same batches, only as far as this layer.
+    layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], *, samples: int, effort: float = 8.0, seed: int = 0
+) -> Statistics | None:
+    """The statistics of one layer's inputs in a network whose earlier layers were changed, with the original's answers.
 
     Args:
-        original: the network before the changes.
-        changed: the same network, changed.
-        name: the layer, which is still the original's in both.
-        batches: inputs.
-        calls: how often one run calls the layer.
-        effort: as in `gather`; more than there, since only one layer is watched, of all that are run for it.
-        seed: of the choice of positions, which is the same in both.
+        layer: the original's.
+        pairs: call by call, what goes into the layer in the changed network, and what it answers in the original, as
+            `Lockstep.at` gives them.
+        samples: how many samples all pairs together are of.
+        effort: as in `gather`; more than there, since only one layer is watched, of all that are run for it. Of what
+            that allows, no more is taken than a fit can use: ROWS_A_COLUMN times the width of an input.
+        seed: of the choice of positions.
+    Returns:
+        None where there are no pairs.
     """
-    layer = cast(Layer, original.get_submodule(name))
     total: Statistics | None = None
-    places = samples = 0
+    places = 0
     generator = torch.Generator().manual_seed(seed)
-    for inputs in _my_share(batches):
-        samples += inputs.batch_size
-        x = _reaching(original, name, inputs, calls)
-        y = _reaching(changed, name, inputs, calls)
-        for one, other in zip(x, y, strict=True):
-            was, now = patches(layer, one), patches(layer, other)
-            chosen = _pick(layer, now, effort, generator)
-            rows = _take(layer, now, chosen)
-            places += int(_places(layer, now).numel())
-            if total is None:
-                groups, _, width = rows.shape
-                square, line = rows.new_zeros(groups, width, width), rows.new_zeros(groups, width)
-                total = Statistics(square, line, cross=square.clone(), cross_mean=line.clone())
-            _add_rows(total, rows, _take(layer, was, chosen))
+    for x, answer in pairs:
+        views = patches(layer, x)
+        chosen = _pick(layer, views, effort, generator, most=ROWS_A_COLUMN * len(x) / samples)
+        rows = _take(layer, views, chosen)
+        places += int(_places(layer, views).numel())
+        answers = _channels_last(layer, answer)
+        answers = (answers if chosen is None else answers[chosen]).float()
+        answers = answers.reshape(len(answers), len(rows), -1).transpose(0, 1)  # (groups, rows, outputs / groups)
+        if total is None:
+            groups, _, width = rows.shape
+            gram, mean = rows.new_zeros(groups, width, width), rows.new_zeros(groups, width)
+            cross, answer_mean = (
+                rows.new_zeros(groups, answers.shape[2], width),
+                rows.new_zeros(groups, answers.shape[2]),
+            )
+            total = Statistics(gram, mean, cross=cross, answer_mean=answer_mean)
+        _add_rows(total, rows, answers)
     if total is not None:
         total.positions, total.samples = places / max(1, samples), samples
-    found = _over_processes({} if total is None else {name: total}, samples, device_of(changed))
-    if name not in found:
-        raise TaskError(f"no calibration batch reached {name!r}")
-    return found[name]
-
-
-class _Reached(Exception):
-    """Ends a run at the layer whose inputs were wanted."""
-
-
-def _reaching(model: nn.Module, name: str, inputs: Inputs, calls: int) -> list[Tensor]:
-    """What goes into the layer in one run, call by call; the run ends there."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = (args[0] if args else kwargs["input"]).detach()
-        if len(found) + 1 == calls:
-            found.append(x)
-            raise _Reached
-        found.append(x.clone())  # what runs on may write into it
-
-    handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with torch.no_grad(), mode(model, training=False):
-            inputs.into(model)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found
+    return _over_processes({} if total is None else {"": total}, samples, layer.weight.device).get("")
 
 
 def patches(layer: Layer, x: Tensor) -> Tensor:
@@ -299,13 +268,18 @@ def regression_loss(outputs: Any, generator: torch.Generator) -> Tensor:
     return total
 
 
-def _pick(layer: Layer, views: Tensor, effort: float, generator: torch.Generator) -> Tensor | None:
-    """Which positions of `patches` to look at: as many random ones as cost `effort` times the layer; None for all."""
+def _pick(
+    layer: Layer, views: Tensor, effort: float, generator: torch.Generator, most: float = math.inf
+) -> Tensor | None:
+    """Which positions of `patches` to look at: as many random ones as cost `effort` times the layer; None for all.
+
+    No more than `most` times the width of an input.
+    """
     places = _places(layer, views)
     width = int(views.shape[1 + len(places) :].numel())
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels // layer.groups
     everything = int(places.numel())
-    wanted = max(places[0] if places else 1, round(effort * everything * outputs / width))
+    wanted = max(places[0] if places else 1, round(min(effort * everything * outputs / width, most * width)))
     if wanted >= everything:
         return None
     return torch.randint(everything, (wanted,), generator=generator).to(views.device)
@@ -341,7 +315,7 @@ def _kernel_axes(layer: Layer) -> int:
     return 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)
 
 
-def _add_rows(statistics: Statistics, rows: Tensor, was: Tensor | None = None) -> None:
+def _add_rows(statistics: Statistics, rows: Tensor, answers: Tensor | None = None) -> None:
     """Move the running means by these rows: a mean, unlike a sum, does not outgrow float32."""
     count = rows.shape[1]
     if not count:
@@ -352,14 +326,13 @@ def _add_rows(statistics: Statistics, rows: Tensor, was: Tensor | None = None) -
     # In place and in one call: a wide layer's matrix is large, and going through it takes longer than the products.
     statistics.gram.baddbmm_(rows.transpose(1, 2), rows, beta=1 - share, alpha=share / count)
     statistics.mean += share * (rows.mean(1).to(statistics.mean.device) - statistics.mean)
-    if was is not None and statistics.cross is not None and statistics.cross_mean is not None:
-        statistics.cross.baddbmm_(was.transpose(1, 2), rows, beta=1 - share, alpha=share / count)
-        statistics.cross_mean += share * (was.mean(1) - statistics.cross_mean)
+    if answers is not None and statistics.cross is not None and statistics.answer_mean is not None:
+        statistics.cross.baddbmm_(answers.transpose(1, 2), rows, beta=1 - share, alpha=share / count)
+        statistics.answer_mean += share * (answers.mean(1) - statistics.answer_mean)
 
 
 def _add_gradients(statistics: Statistics, layer: Layer, grad: Tensor) -> None:
-    channels_last = grad if isinstance(layer, nn.Linear) else grad.movedim(-1 - len(layer.kernel_size), -1)
-    rows = channels_last.reshape(-1, channels_last.shape[-1]).float()
+    rows = _channels_last(layer, grad).float()
     if statistics.gradients is None:
         statistics.gradients = rows.new_zeros(rows.shape[1], rows.shape[1])
     statistics.gradient_rows += len(rows)
@@ -367,7 +340,13 @@ def _add_gradients(statistics: Statistics, layer: Layer, grad: Tensor) -> None:
     statistics.gradients += share * (rows.T @ rows / len(rows) - statistics.gradients)
 
 
-def _my_share(batches: Iterable[Inputs]) -> Iterable[Inputs]:
+def _channels_last(layer: Layer, output: Tensor) -> Tensor:
+    """A layer's outputs position by position: (samples · positions, outputs)."""
+    last = output if isinstance(layer, nn.Linear) else output.movedim(-1 - len(layer.kernel_size), -1)
+    return last.reshape(-1, last.shape[-1])
+
+
+def my_share(batches: Iterable[Inputs]) -> Iterable[Inputs]:
     """Every process of a group takes every so-many-th batch; one process takes all."""
     world = torch.distributed
     if not (world.is_available() and world.is_initialized()):

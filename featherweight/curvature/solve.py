@@ -22,10 +22,11 @@ def damp(gram: Tensor, damping: float = DAMPING) -> Tensor:
         damping: share of the mean diagonal that is added to the diagonal.
     """
     gram = _double(gram)
-    gram = (gram + gram.transpose(-1, -2)) / 2
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.where(mean > 0, gram + damping * mean * eye, eye)
+    gram = (gram + gram.transpose(-1, -2)).div_(2)  # a new tensor, worked on in place: these matrices are large
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal.add_(torch.where(mean > 0, damping * mean, 1))
+    return gram
 
 
 def root(gram: Tensor, damping: float = DAMPING) -> Tensor:
@@ -36,7 +37,7 @@ def root(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         ValueError: the gram holds NaN or infinite values, for which it never would.
     """
-    if not bool(torch.isfinite(gram).all()):
+    if not bool(torch.isfinite(gram.sum(dtype=torch.float64))):
         raise ValueError("a Gram matrix holds NaN or infinite values")
     while True:
         factor: Tensor

@@ -20,42 +20,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from featherweight.batch import Inputs, describe
+from featherweight.batch import describe
 from featherweight.errors import ExportError
-from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, quiet
+from featherweight.export.program import first_line, has_dynamic_batch, quiet
 
 ONE_FILE_BYTES = 1_500_000_000  # of weights; one protobuf message, which an ONNX file is, ends at 2 GiB
 METADATA = "featherweight"  # the key, in the file, of what ONNX has no place for: how the model is called and answers
-
-
-def export(
-    model: nn.Module,
-    inputs: Inputs,
-    path: str | os.PathLike[str],
-    *,
-    dynamic_batch: bool = True,
-    opset: int | None = None,
-) -> None:
-    """Write the model, in evaluation mode, as one ONNX file with its weights inside.
-
-    Inputs keep the names of the arguments of the model's `forward`; outputs are called ``output``, ``output_0``,
-    ``output_1``, or after the keys of a dict. Weights of more than 1.5 GB do not fit inside: they go to a second file,
-    named ``….onnx.data``, and a warning says so.
-
-    Args:
-        model: the model; it stays as it is.
-        inputs: an example of its inputs, of any batch size; its values are not written.
-        path: the file to write; one that exists is replaced only when all has gone well.
-        dynamic_batch: whether the file takes batches of any size. Where the model fixes the size, so does the file,
-            and a warning says why.
-        opset: version of ONNX's operators; by default the one PyTorch's exporter is written for.
-
-    Raises:
-        ExportError: the model cannot be exported, a package is missing, or there is no such folder.
-    """
-    _need("onnx", "onnxscript")
-    with draft(path) as file:
-        write(capture(model, inputs, dynamic_batch=dynamic_batch), file, opset=opset)
 
 
 def session(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxModel:
@@ -64,7 +34,16 @@ def session(path: str | os.PathLike[str], *, threads: int | None = None) -> Onnx
 
 
 def write(program: ExportedProgram, path: Path, *, opset: int | None = None) -> None:
-    """Write a captured program to `path` as ONNX.
+    """Write a captured program to `path` as one ONNX file with its weights inside.
+
+    Inputs keep the names of the arguments of the model's `forward`; outputs are called ``output``, ``output_0``,
+    ``output_1``, or after the keys of a dict. Weights of more than 1.5 GB do not fit inside: they go to a second file,
+    named ``….onnx.data``, and a warning says so.
+
+    Args:
+        program: the model, as `featherweight.export.program.capture` gives it.
+        path: the file to write.
+        opset: version of ONNX's operators; by default the one PyTorch's exporter is written for.
 
     Raises:
         ExportError: an operation has no counterpart in ONNX, or not in this `opset`, or a package is missing.

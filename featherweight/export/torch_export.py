@@ -13,25 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from featherweight.batch import Inputs
-from featherweight.export.program import capture, draft, quiet
-
-
-def export(model: nn.Module, inputs: Inputs, path: str | os.PathLike[str], *, dynamic_batch: bool = True) -> None:
-    """Write the model, in evaluation mode, as a .pt2 file.
-
-    Args:
-        model: the model; it stays as it is.
-        inputs: an example of its inputs, of any batch size; its values are not written.
-        path: the file to write; one that exists is replaced only when all has gone well.
-        dynamic_batch: whether the file takes batches of any size. Where the model fixes the size, so does the file,
-            and a warning says why.
-
-    Raises:
-        ExportError: torch.export cannot follow the model, or there is no such folder.
-    """
-    with draft(path) as file:
-        write(capture(model, inputs, dynamic_batch=dynamic_batch), file)
+from featherweight.export.program import quiet
 
 
 def write(program: ExportedProgram, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
-from featherweight.factorize.blocks import Factors, balanced, blocks, factors, predicted_losses, refit
+from featherweight.factorize.blocks import Factors, balanced, blocks, factors, least_losses, predicted_losses, refit
 from featherweight.forms import ConvPair, Form, Layer, LinearPair
 from featherweight.layers import PerLayer, for_layer
 from featherweight.layerwise import Layerwise
@@ -79,8 +79,10 @@ class Factorization(Layerwise):
         # A bias that is corrected takes care of the means; without data it is not.
         seen = seen if seen is None or layer.bias is None or self.data_aware is False else seen.centred()
         known = blocks(layer.weight, groups(layer), self.first_axes(layer), seen)
-        plain = replace(known, gram=None, gradients=None)
-        losses = predicted_losses(known, factors(known if self.data_aware is not False else plain)).tolist()
+        if self.data_aware is False:
+            losses = predicted_losses(known, factors(replace(known, gram=None, gradients=None))).tolist()
+        else:
+            losses = least_losses(known).tolist()
         return [losses[option.form.rank] for option in options]  # type: ignore[union-attr]
 
     def _rounded(self, name: str, rank: int) -> int:

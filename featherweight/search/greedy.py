@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.progress import track
 from featherweight.search.budget import Budget
-from featherweight.search.optimal import _shortfall, cheapest_share
-from featherweight.search.options import Choosing, Option, Plan, Table, Trials
+from featherweight.search.optimal import cheapest_share
+from featherweight.search.options import Choosing, Option, Plan, Table, Trials, shortfall
+from featherweight.settings import mistyped
 
 Array = NDArray[np.float64]
 
@@ -42,10 +43,20 @@ class Greedy:
 
     def __post_init__(self) -> None:
         """Raises:
-        RecipeError: fewer than two candidates.
+        RecipeError: a setting is of the wrong type, or there are fewer than two candidates.
         """
-        if isinstance(self.candidates, bool) or not isinstance(self.candidates, int) or self.candidates < 2:
-            raise RecipeError([f"Greedy: candidates is {self.candidates!r}: give a whole number from 2 up"])
+        problems = mistyped(self)
+        if not problems and self.candidates < 2:
+            problems = [f"candidates is {self.candidates}: give a whole number from 2 up"]
+        if problems:
+            raise RecipeError([f"Greedy: {problem}" for problem in problems])
+
+    def problems(self, budget: Budget) -> list[str]:
+        """All that keeps it from choosing under this budget, a sentence each."""
+        if len(budget.costs()) == 1 and budget.drop is None:
+            return []
+        one = f"greedy takes exactly one cost limit, and the budget is {budget}"
+        return [f"{one}: choose with 'optimal', which takes several and a drop"]
 
     def choose(self, table: Table, budget: Budget, trials: Trials, step: str) -> Choosing:
         """The plan.
@@ -53,7 +64,10 @@ class Greedy:
         Raises:
             BudgetError: not exactly one cost limit, or one that cannot be met; the message names the nearest that can.
         """
-        metric, limit = _the_limit(table, budget)
+        if problems := self.problems(budget):
+            raise BudgetError(problems[0])
+        metric = next(iter(budget.costs()))
+        limit = budget.limits({metric: table.start.metric(metric)})[metric]
         if table.now.metric(metric) <= limit:
             return Choosing(Plan(step), "greedy", metric, notes=(f"{metric} is within the limit as it is",))
         every = [_Curve.of(options, metric, self.candidates) for options in table.options.values()]
@@ -74,7 +88,7 @@ class Greedy:
             "greedy",
             metric,
             {c.layer: {str(c.options[i]): c.scores[i] for i in sorted(c.scores)} for c in curves},
-            (*self._notes(table, curves, descent), *_shortfall(table, plan, {metric: limit})),
+            (*self._notes(table, curves, descent), *shortfall(table, plan, {metric: limit})),
         )
 
     def _needed(self, curves: Sequence[_Curve], room: float) -> Iterator[tuple[_Curve, int]]:
@@ -301,17 +315,6 @@ def _largest_within(options: Sequence[Option], costs: Array, limit: float) -> in
     """The option of largest cost within the limit, of least predicted loss among equals; None where all cost more."""
     within = [i for i in range(len(options)) if costs[i] <= min(limit * (1 + 1e-9), costs[0])]
     return max(within, key=lambda i: (costs[i], -options[i].loss), default=None)
-
-
-def _the_limit(table: Table, budget: Budget) -> tuple[str, float]:
-    """The one cost that is limited, and its absolute limit."""
-    if len(budget.costs()) != 1 or budget.drop is not None:
-        raise BudgetError(
-            f"greedy takes exactly one cost limit, and the budget is {budget}: "
-            "choose with 'optimal', which takes several and a drop"
-        )
-    metric = next(iter(budget.costs()))
-    return metric, budget.limits({metric: table.start.metric(metric)})[metric]
 
 
 def _wholes(curves: Sequence[_Curve]) -> Array:

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from featherweight.errors import BudgetError
+from featherweight.cost.cost import METRICS
+from featherweight.errors import BudgetError, RecipeError, did_you_mean
 from featherweight.search.budget import Budget
-from featherweight.search.options import Choosing, Plan, Table, Trials
+from featherweight.search.options import Choosing, Plan, Table, Trials, shortfall
+from featherweight.settings import mistyped
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+# Among up to so many options, the best of all pairs of exchanges is looked for each time; among more, only where no
+# single exchange helps, and then among as many pairs as take about a second.
+FEW = 1_000
+PAIRS = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,23 @@ class Optimal:
 
     evaluations: int = 7
     metric: str = "macs"
+
+    def __post_init__(self) -> None:
+        """Raises:
+        RecipeError: a setting is of the wrong type, there is no evaluation to search with, or no such cost.
+        """
+        problems = mistyped(self)
+        if not problems and self.evaluations < 1:
+            problems.append(f"evaluations is {self.evaluations}: give a whole number from 1 up")
+        if not problems and self.metric not in METRICS:
+            hint = did_you_mean(self.metric, METRICS)
+            problems.append(f"metric is {self.metric!r}: it is one of {', '.join(METRICS)}{hint}")
+        if problems:
+            raise RecipeError([f"Optimal: {problem}" for problem in problems])
+
+    def problems(self, budget: Budget) -> list[str]:
+        """Nothing: it takes every budget there is."""
+        return []
 
     def choose(self, table: Table, budget: Budget, trials: Trials, step: str) -> Choosing:
         """The plan.
@@ -126,7 +151,7 @@ def within(table: Table, budget: Budget, step: str) -> tuple[Plan, tuple[str, ..
         )
     forms = {n: table.options[n][i].form for n, i in zip(layers, chosen, strict=True)}
     plan = Plan(step, {n: f for n, f in forms.items() if f is not None})
-    return plan, _shortfall(table, plan, limits)
+    return plan, shortfall(table, plan, limits)
 
 
 def allocate(costs: list[Array], losses: list[Array], room: Array) -> list[int] | None:
@@ -145,71 +170,141 @@ def allocate(costs: list[Array], losses: list[Array], room: Array) -> list[int] 
     """
     if not costs:
         return [] if bool((room >= 0).all()) else None
+    pool = _Pool.of(costs, losses, room)
     weights = np.full(len(room), 1 / len(room))
-    best: tuple[float, list[int]] | None = None
+    best: tuple[float, Indices] | None = None
     # With one metric, one price settles it. With several, weight moves to those that are used up the most.
     for _ in range(1 if len(room) == 1 else 40):
-        prices = [cost @ (weights / room) for cost in costs]
-        chosen = _at_lowest_price(prices, losses, costs, room)
+        prices = weights @ pool.shares
+        chosen = _at_lowest_price(pool, prices)
         if chosen is not None:
-            chosen = _fill(chosen, costs, losses, room)
-            loss = sum(float(losses[n][i]) for n, i in enumerate(chosen))
+            chosen = _filled(pool, chosen)
+            loss = float(pool.losses[chosen].sum())
             if best is None or loss < best[0]:
                 best = loss, chosen
-        used = _total(costs, chosen if chosen is not None else [int(p.argmin()) for p in prices]) / room
+        used = pool.used(pool.least(prices) if chosen is None else chosen)
         weights = weights * np.exp(2.0 * (used - used.max()))
         weights = np.maximum(weights / weights.sum(), 1e-6)
-    if best is not None:
-        return best[1]
-    squeezed = _squeezed(costs, room)
-    return None if squeezed is None else _fill(squeezed, costs, losses, room)
+    if best is None:
+        squeezed = _squeezed(pool)
+        if squeezed is None:
+            return None
+        best = 0.0, _filled(pool, squeezed)
+    return [int(i) for i in best[1] - pool.starts]
 
 
-def _at_lowest_price(prices: list[Array], losses: list[Array], costs: list[Array], room: Array) -> list[int] | None:
+@dataclass(frozen=True)
+class _Pool:
+    """The options of all layers in one row, layer after layer. A plan is one index into it for each layer.
+
+    Attributes:
+        shares: (metrics, all options), costs as shares of the room.
+        losses: (all options,).
+        layer: (all options,), the layer each belongs to.
+        starts: (layers,), where each layer's options begin.
+    """
+
+    shares: Array
+    losses: Array
+    layer: Indices
+    starts: Indices
+
+    @classmethod
+    def of(cls, costs: list[Array], losses: list[Array], room: Array) -> _Pool:
+        """The options of layers whose costs are (options, metrics) and losses (options,)."""
+        counts = np.array([len(cost) for cost in costs])
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        shares = np.ascontiguousarray((np.concatenate(costs) / room).T)
+        return cls(shares, np.concatenate(losses), np.repeat(np.arange(len(costs)), counts), starts)
+
+    def least(self, values: Array) -> Indices:
+        """Each layer's option of the least value, the first of equals; (layers,)."""
+        found = np.flatnonzero(values == np.minimum.reduceat(values, self.starts)[self.layer])
+        first: Indices = found[np.searchsorted(found, self.starts)]
+        return first
+
+    def used(self, chosen: Indices) -> Array:
+        """(metrics,), the shares of the room that a plan takes."""
+        used: Array = self.shares[:, chosen].sum(1)
+        return used
+
+    def of_layer(self, index: int) -> slice:
+        """Where the options of one option's layer are."""
+        layer = self.layer[index]
+        return slice(self.starts[layer], self.starts[layer + 1] if layer + 1 < len(self.starts) else len(self.layer))
+
+    def fits(self, chosen: Indices) -> bool:
+        """Whether a plan keeps to the room."""
+        return bool((self.used(chosen) <= 1 + 1e-12).all())
+
+
+def _at_lowest_price(pool: _Pool, prices: Array) -> Indices | None:
     """The plan of the smallest multiplier whose costs fit, by bisection on its logarithm."""
 
-    def choose(log_multiplier: float) -> list[int]:
-        multiplier = np.exp(log_multiplier)
-        return [int(np.argmin(loss + multiplier * price)) for loss, price in zip(losses, prices, strict=True)]
+    def choose(log_multiplier: float) -> Indices:
+        return pool.least(pool.losses + np.exp(log_multiplier) * prices)
 
     low, high = -80.0, 80.0
-    if bool((_total(costs, choose(high)) > room * (1 + 1e-12)).any()):
-        cheapest = [int(price.argmin()) for price in prices]
-        return cheapest if bool((_total(costs, cheapest) <= room * (1 + 1e-12)).all()) else None
+    if not pool.fits(choose(high)):
+        cheapest = pool.least(prices)
+        return cheapest if pool.fits(cheapest) else None
     for _ in range(60):
         middle = (low + high) / 2
-        if bool((_total(costs, choose(middle)) > room * (1 + 1e-12)).any()):
-            low = middle
-        else:
+        if pool.fits(choose(middle)):
             high = middle
+        else:
+            low = middle
     return choose(high)
 
 
-def _squeezed(costs: list[Array], room: Array) -> list[int] | None:
-    """A plan that fits, whatever it loses: one or two layers' options are exchanged while that lowers the excess."""
-    layer = np.repeat(np.arange(len(costs)), [len(cost) for cost in costs])
-    option = np.concatenate([np.arange(len(cost)) for cost in costs])
-    shares = np.concatenate(costs) / room
-    chosen = np.array([int((cost / room).max(1).argmin()) for cost in costs])
-    while True:
-        total = _total(costs, list(chosen)) / room
-        excess = float(np.maximum(total - 1, 0).sum())
-        if bool((total <= 1 + 1e-12).all()):
-            return [int(i) for i in chosen]
-        now = np.array([cost[i] for cost, i in zip(costs, chosen, strict=True)]) / room
-        moves = shares - now[layer]
-        best, found = excess - 1e-12, (-1, -1)
-        for first in range(len(moves)):
-            # A layer's move to the option that it has already leaves the other move by itself.
-            after = np.maximum(total + moves[first] + moves - 1, 0).sum(1)
-            after[layer == layer[first]] = np.inf
-            second = int(after.argmin())
-            if after[second] < best:
-                best, found = float(after[second]), (first, second)
-        if found == (-1, -1):
+def _squeezed(pool: _Pool) -> Indices | None:
+    """A plan that fits, whatever it loses: one or two layers' options are exchanged while that lowers the excess.
+
+    A round takes time in proportion to the number of options: where two exchanges are needed and all pairs would be too
+    many, one of the two is among those that raise the excess least by themselves.
+    """
+    chosen = pool.least(pool.shares.max(0))
+    moves = pool.shares - pool.shares[:, chosen][:, pool.layer]
+    while not pool.fits(chosen):
+        over = (pool.used(chosen) - 1)[:, None]
+        least = float(np.maximum(over, 0).sum()) - 1e-12
+        alone = np.maximum(over + moves, 0).sum(0)
+        best: tuple[int, ...] = ()
+        if len(alone) > FEW and alone.min() < least:
+            best = (int(alone.argmin()),)
+        else:
+            many = len(alone) ** 2 > PAIRS
+            for first in np.argsort(alone)[: PAIRS // len(alone) + 1] if many else range(len(alone)):
+                after = np.maximum(over + moves[:, first, None] + moves, 0).sum(0)
+                after[pool.of_layer(first)] = np.inf
+                second = int(after.argmin())
+                if after[second] < least:
+                    least, best = float(after[second]), (int(first), second)
+        if not best:
             return None
-        for move in found:
-            chosen[layer[move]] = option[move]
+        for move in best:
+            chosen[pool.layer[move]] = move
+            here = pool.of_layer(move)
+            moves[:, here] = pool.shares[:, here] - pool.shares[:, move, None]
+    return chosen
+
+
+def _filled(pool: _Pool, chosen: Indices) -> Indices:
+    """Spend the room that is left, exchange by exchange, on whatever saves most loss for what it takes."""
+    chosen = chosen.copy()
+    extra = pool.shares - pool.shares[:, chosen][:, pool.layer]
+    saved = pool.losses[chosen][pool.layer] - pool.losses
+    while True:
+        left = 1 - pool.used(chosen)[:, None]
+        possible = np.flatnonzero((extra <= left + 1e-12).all(0) & (saved > 0))
+        if not len(possible):
+            return chosen
+        gain = saved[possible] / np.maximum(extra[:, possible].max(0), 1e-12)
+        best = int(possible[gain.argmax()])
+        chosen[pool.layer[best]] = best
+        here = pool.of_layer(best)
+        extra[:, here] = pool.shares[:, here] - pool.shares[:, best, None]
+        saved[here] = pool.losses[best] - pool.losses[here]
 
 
 def _nearest(costs: list[Array], losses: list[Array], room: Array, fixed: Array, whole: dict[str, float]) -> str:
@@ -235,38 +330,3 @@ def rounded_up(value: float, digits: int = 3) -> float:
         return 0.0
     step = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
     return float(f"{math.ceil(value / step - 1e-9) * step:.{digits}g}")
-
-
-def _fill(chosen: list[int], costs: list[Array], losses: list[Array], room: Array) -> list[int]:
-    """Spend the room that is left, exchange by exchange, on whatever saves most loss for what it takes."""
-    chosen, left = list(chosen), room - _total(costs, chosen)
-    while True:
-        best: tuple[float, int, int] | None = None
-        for n, (cost, loss) in enumerate(zip(costs, losses, strict=True)):
-            extra, saved = cost - cost[chosen[n]], loss[chosen[n]] - loss
-            possible = (extra <= left).all(1) & (saved > 0)
-            if possible.any():
-                gain = np.where(possible, saved / np.maximum((extra / room).max(1), 1e-12), -np.inf)
-                i = int(gain.argmax())
-                if best is None or gain[i] > best[0]:
-                    best = float(gain[i]), n, i
-        if best is None:
-            return chosen
-        _, n, i = best
-        left = left - (costs[n][i] - costs[n][chosen[n]])
-        chosen[n] = i
-
-
-def _total(costs: list[Array], chosen: list[int]) -> Array:
-    total: Array = np.sum([cost[i] for cost, i in zip(costs, chosen, strict=True)], axis=0)
-    return total
-
-
-def _shortfall(table: Table, plan: Plan, limits: dict[str, float]) -> tuple[str, ...]:
-    """Says so where a plan stays more than 1 % below every limit though layers were replaced: options are coarse."""
-    cost = table.cost(plan)
-    used = {metric: cost.metric(metric) / limit for metric, limit in limits.items()}
-    if not plan.layers or max(used.values()) >= 0.99:
-        return ()
-    metric = max(used, key=lambda m: used[m])
-    return (f"{metric} came to {used[metric]:.3f} of the limit: no option lies nearer below it",)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from featherweight.cost.cost import Cost
 from featherweight.errors import ArtifactError, RecipeError, did_you_mean
+from featherweight.files import read_json
 from featherweight.forms import Form
 
 
@@ -125,13 +126,7 @@ class Plan:
         Raises:
             ArtifactError: the file cannot be read, is not JSON, or not a plan.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ArtifactError(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{os.fspath(path)} is not a plan: it is not JSON ({error})") from error
-        return Plan.from_json(data)
+        return read_json(path, "a plan", Plan.from_json)
 
 
 class Trials(Protocol):
@@ -150,6 +145,9 @@ class Trials(Protocol):
 
 class Selector(Protocol):
     """Chooses one option for every layer."""
+
+    def problems(self, budget: Any) -> list[str]:
+        """All that keeps the selector from choosing under this budget, a sentence each; needs no table."""
 
     def choose(self, table: Table, budget: Any, trials: Trials, step: str) -> Choosing:
         """The plan, and what it was chosen by."""
@@ -172,3 +170,19 @@ class Choosing:
     metric: str = "macs"
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def shortfall(table: Table, plan: Plan, limits: Mapping[str, float]) -> tuple[str, ...]:
+    """Says so where a plan stays more than 1 % below every limit though layers were replaced: options are coarse.
+
+    Args:
+        table: where the plan's options are found.
+        plan: the plan.
+        limits: the cost limits it was chosen under, in absolute numbers by metric.
+    """
+    cost = table.cost(plan)
+    used = {metric: cost.metric(metric) / limit for metric, limit in limits.items()}
+    if not plan.layers or max(used.values()) >= 0.99:
+        return ()
+    metric = max(used, key=lambda m: used[m])
+    return (f"{metric} came to {used[metric]:.3f} of the limit: no option lies nearer below it",)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.batch import Inputs
-from featherweight.curvature.gram import Statistics, gather, gather_paired
+from featherweight.curvature.gram import Statistics, gather, gather_paired, my_share
+from featherweight.curvature.lockstep import Lockstep
 
 
 class Sometimes(nn.Module):
@@ -47,8 +48,11 @@ def all_statistics() -> dict[str, Statistics]:
     # Every process would draw labels of its own: a loss without labels is the same for all.
     found = {f"five {n}": s for n, s in gather(model, layers, batches(5), gradients=squares, effort=99).items()}
     found |= {f"one {n}": s for n, s in gather(model, layers, batches(1), gradients=squares, effort=99).items()}
-    found["paired"] = gather_paired(model, changed, "head", batches(5), effort=99)
-    found["paired one"] = gather_paired(model, changed, "head", batches(1), effort=99)
+    for name, count in (("paired", 5), ("paired one", 1)):
+        lockstep = Lockstep(model, changed, my_share(batches(count)), limit=9)
+        paired = gather_paired(model.head, lockstep.at("head"), samples=lockstep.samples, effort=99)
+        assert paired is not None
+        found[name] = paired
     return found
 
 

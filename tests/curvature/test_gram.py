@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from featherweight.batch import Inputs
 from featherweight.curvature.gram import (
+    ROWS_A_COLUMN,
     TEMPERATURE,
     Statistics,
     _take,
@@ -32,6 +33,7 @@ from featherweight.curvature.gram import (
     patches,
     regression_loss,
 )
+from featherweight.curvature.lockstep import Lockstep
 from featherweight.errors import TaskError
 
 EVERYTHING = 1e9  # an effort that is enough to look at every position
@@ -367,6 +369,15 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradients() -> None:
 # Two networks
 
 
+def paired(
+    original: nn.Module, changed: Any, name: str, batches: list[Inputs], calls: int = 1, effort: float = EVERYTHING
+) -> Statistics:
+    lockstep, layer = Lockstep(original, changed, batches, limit=99), original.get_submodule(name)
+    found = gather_paired(layer, lockstep.at(name, calls), samples=lockstep.samples, effort=effort)  # type: ignore
+    assert found is not None
+    return found
+
+
 def test_a_changed_network_is_compared_with_the_original() -> None:
     original, x = conv_net(), randn(7, 2, 6, 6)
     changed = copy.deepcopy(original)
@@ -374,11 +385,13 @@ def test_a_changed_network_is_compared_with_the_original() -> None:
         changed[0].weight.mul_(0.8)
         changed[0].bias.add_(0.1)
     layer: Any = original[2]
-    found = gather_paired(original, changed, "2", [Inputs((part,)) for part in x.split(3)], effort=EVERYTHING)
+    found = paired(original, changed, "2", [Inputs((part,)) for part in x.split(3)])
     was, now = (rows_of(layer, inputs_of(model, x)["2"]) for model in (original, changed))
+    weight, bias = layer.weight.detach().to(was), layer.bias.detach().to(was)
+    was = was @ weight.reshape(len(was), -1, was.shape[-1]).mT + bias.reshape(len(was), 1, -1)  # its answers
     cross, _ = moments(now, was)
     gram, mean = moments(now)
-    for one, other in ((found.gram, gram), (found.mean, mean), (found.cross, cross), (found.cross_mean, was.mean(1))):
+    for one, other in ((found.gram, gram), (found.mean, mean), (found.cross, cross), (found.answer_mean, was.mean(1))):
         assert_near(one, other)
     centred = found.centred()
     assert_near(centred.gram, moments(now - now.mean(1, keepdim=True))[0])
@@ -387,17 +400,25 @@ def test_a_changed_network_is_compared_with_the_original() -> None:
 
 def test_the_same_positions_are_looked_at_in_both() -> None:
     original, x = conv_net(), [Inputs((randn(7, 2, 6, 6),))]
-    found = gather_paired(original, copy.deepcopy(original), "0", x, effort=0.5)
+    found = paired(original, copy.deepcopy(original), "0", x, effort=0.5)
     assert found.rows < 7 * 36
-    assert found.cross is not None
-    assert torch.equal(found.cross, found.gram)
-    assert torch.equal(found.original_mean, found.mean)
+    layer: Any = original[0]
+    centred, weight = found.centred(), layer.weight.detach().flatten(1)[None]
+    assert_near(centred.cross, weight @ centred.gram)
+    assert_near(found.answer_mean, (weight @ found.mean[..., None])[..., 0] + layer.bias.detach())
+
+
+def test_no_more_rows_are_looked_at_than_a_fit_can_use() -> None:
+    model, x = conv_net(), [Inputs((part,)) for part in randn(60, 2, 6, 6).split(20)]
+    found = paired(model, copy.deepcopy(model), "0", x)
+    width = found.gram.shape[-1]
+    assert found.rows == ROWS_A_COLUMN * width < 60 * 36
 
 
 def test_what_is_written_into_an_input_later_is_not_seen() -> None:
     torch.manual_seed(0)
     model, x = Twice(), randn(20, 4)
-    found = gather_paired(model, copy.deepcopy(model), "shared", [Inputs((x,))], calls=2)
+    found = paired(model, copy.deepcopy(model), "shared", [Inputs((x,))], calls=2)
     assert_near(found.gram, moments(rows_of(model.shared, torch.cat([x, x.relu()])))[0])
 
 
@@ -444,7 +465,10 @@ def test_the_model_is_left_as_it_was(broken: bool) -> None:
 
     watch(lambda: gather(model, weighted(model), x, gradients=classifier_loss(1)))
     watch(lambda: gather(model, weighted(model), x))
-    gather_paired(model, other, "2", x)
+    lockstep = Lockstep(model, other, x, limit=1)
+    assert len(list(lockstep.at("2"))) == 2
+    watch(lockstep.answers)
+    lockstep.close()
     assert same(state(model), before)
     assert same(state(other), other_before)
     assert torch.is_grad_enabled() == grad_mode
@@ -524,8 +548,7 @@ def test_a_layer_that_is_not_called_has_no_statistics() -> None:
     model = conv_net()
     unused = nn.Linear(2, 2)
     assert "unused" not in gather(model, {**weighted(model), "unused": unused}, [Inputs((randn(3, 2, 6, 6),))])
-    with pytest.raises(TaskError, match="no calibration batch reached '0'"):
-        gather_paired(model, copy.deepcopy(model), "0", [])
+    assert gather_paired(model[0], [], samples=0) is None  # type: ignore[arg-type]
 
 
 # Encoders of PyTorch's own
@@ -545,8 +568,8 @@ def test_the_fused_encoder_shows_its_layers(gradients: Any) -> None:
     attended = first.self_attn(x, x, x, key_padding_mask=padded)[0]
     seen = first.norm1(x + attended)
     assert_near(found["layers.0.linear1"].gram, moments(rows_of(first.linear1, seen.detach()))[0])
-    paired = gather_paired(encoder, copy.deepcopy(encoder), "layers.0.linear1", inputs, effort=EVERYTHING)
-    assert_near(paired.gram, moments(rows_of(first.linear1, seen.detach()))[0])
+    again = paired(encoder, copy.deepcopy(encoder), "layers.0.linear1", inputs)
+    assert_near(again.gram, moments(rows_of(first.linear1, seen.detach()))[0])
 
 
 # Several processes
@@ -572,7 +595,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
             process.kill()
 
     alone = gather_on_processes.all_statistics()
-    fields = ("gram", "mean", "cross", "cross_mean", "gradients")
+    fields = ("gram", "mean", "cross", "answer_mean", "gradients")
     with torch.serialization.safe_globals([Statistics]):
         both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for one in both:

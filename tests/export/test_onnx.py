@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from featherweight.batch import Inputs
 from featherweight.errors import ExportError
 from featherweight.export import onnx as room
-from featherweight.export.onnx import OnnxModel, export, session
+from featherweight.export.onnx import OnnxModel, session, write
+from featherweight.export.program import capture, draft
+
+
+def export(model: nn.Module, inputs: Inputs, path: Path, **settings: int) -> None:
+    """Write a file without holding it against the model afterwards."""
+    with draft(path) as file:
+        write(capture(model, inputs), file, **settings)
 
 
 class Residual(nn.Module):

@@ -1,12 +1,20 @@
 """PyTorch program files (.pt2), run without the model's code."""
 
 import zipfile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.batch import Inputs
-from featherweight.export.torch_export import export, load
+from featherweight.export.program import capture, draft
+from featherweight.export.torch_export import load, write
+
+
+def export(model: nn.Module, inputs: Inputs, path: Path) -> None:
+    """Write a file without holding it against the model afterwards."""
+    with draft(path) as file:
+        write(capture(model, inputs), file)
 
 
 class Net(nn.Module):

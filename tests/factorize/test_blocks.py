@@ -233,7 +233,10 @@ def test_what_changed_before_the_layer_is_made_good_for() -> None:
     was = torch.randn(2000, 6, generator=generator, dtype=torch.float64).cumsum(1)
     now = was @ (torch.eye(6) + 0.3 * torch.randn(6, 6, generator=generator)).double()
     seen = Statistics(
-        (now.T @ now / 2000)[None], now.mean(0)[None], cross=(was.T @ now / 2000)[None], cross_mean=was.mean(0)[None]
+        (now.T @ now / 2000)[None],
+        now.mean(0)[None],
+        cross=(weight @ was.T @ now / 2000)[None],
+        answer_mean=(was @ weight.T).mean(0)[None],
     )
 
     def error(product: Tensor) -> float:
@@ -246,7 +249,7 @@ def test_what_changed_before_the_layer_is_made_good_for() -> None:
         return float(np.square((was @ weight.T).numpy() - low).mean())
 
     known = blocks(weight, 1, (), seen)
-    blind = blocks(weight, 1, (), replace(seen, cross=None, cross_mean=None))
+    blind = blocks(weight, 1, (), replace(seen, cross=None, answer_mean=None))
     whole = float((was @ weight.T).square().mean())
     for rank in (1, 2, 3, 4):
         found = error(factors(known).truncated(rank).product())
@@ -260,7 +263,7 @@ def test_data_that_says_nothing_leaves_the_plain_factors(axes: tuple[int, ...]) 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 3, 3, 3, generator=generator, dtype=torch.float64)
     nothing = torch.zeros(1, 27, 27)
-    seen = Statistics(nothing, torch.zeros(1, 27), torch.zeros(4, 4), cross=nothing, cross_mean=torch.zeros(1, 27))
+    seen = Statistics(nothing, torch.zeros(1, 27), torch.zeros(4, 4), torch.zeros(1, 4, 27), torch.zeros(1, 4))
     known, plain = blocks(weight, 1, axes, seen), blocks(weight, 1, axes, None)
     for rank in (1, 3):
         found = refit(known, factors(known).truncated(rank))

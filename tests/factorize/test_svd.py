@@ -146,13 +146,18 @@ def test_full_rank_is_the_layer(layer: Any, mode: str) -> None:
     if mode != "plain":
         seen = watched(layer, x, gradients=(lambda y, _: (y * y.detach().cos()).sum()) if mode == "gradients" else None)
     if mode == "paired":
-        seen.cross, seen.cross_mean = seen.gram.clone(), seen.mean.clone()
+        matrix = layer.weight.detach().reshape(len(seen.gram), -1, seen.gram.shape[-1])
+        bias = 0 if layer.bias is None else layer.bias.detach().reshape(len(matrix), -1)
+        seen.answer_mean = (matrix @ seen.mean[..., None])[..., 0] + bias
+        offset = seen.answer_mean - (matrix @ seen.mean[..., None])[..., 0]
+        seen.cross = matrix @ seen.gram + offset[..., None] * seen.mean[:, None]
     for step in (SVD(), SpatialSVD()):
         if step.unfit(layer) is None:
             pair = fitted(step, layer, full_rank(step, layer), seen)
             # Gram matrices are float32 and nearly singular here: a weight that the data hardly excites is less exact.
-            torch.testing.assert_close(pair.weight, layer.weight, rtol=1e-2, atol=1e-3)
-            torch.testing.assert_close(pair(x), layer(x), rtol=1e-3, atol=1e-3)
+            exact = mode == "plain" or isinstance(step, SVD)
+            torch.testing.assert_close(pair.weight, layer.weight, rtol=1e-3, atol=5e-5 if exact else 1e-4)
+            torch.testing.assert_close(pair(x), layer(x), rtol=1e-3, atol=1e-4)
 
 
 # Data
@@ -216,7 +221,9 @@ def test_a_linears_predicted_loss_is_that_of_the_values_it_will_get(bias: bool, 
     for option in step.options("0", layer, calls, seen):
         change = (fitted(step, layer, option.form.rank, seen if aware else None)(x) - layer(x)).detach()
         expected = 0.5 * float(torch.trace(seen.gradients.double() @ (change.T @ change / len(x))))
-        assert option.loss == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        # The metric in which the best factors are found is damped: it weighs what the data hardly shows a little too.
+        assert option.loss == pytest.approx(expected, rel=0.03 if aware else 1e-3, abs=3e-3 if aware else 1e-5)
+        assert option.loss >= expected * (1 - 1e-3) - 1e-5
 
 
 # Prices

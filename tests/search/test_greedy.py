@@ -1,5 +1,7 @@
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,14 +260,29 @@ def test_a_network_within_the_limit_is_left_alone() -> None:
 
 @pytest.mark.parametrize("budget", [Budget(macs=0.5, params=0.5), Budget(drop=0.1), Budget(macs=0.5, drop=0.1)])
 def test_exactly_one_cost(budget: Budget) -> None:
-    with pytest.raises(BudgetError, match=r"exactly one cost limit.*choose with 'optimal'"):
+    (problem,) = Greedy().problems(budget)
+    assert "greedy takes exactly one cost limit" in problem
+    assert problem.endswith("choose with 'optimal', which takes several and a drop")
+    with pytest.raises(BudgetError, match=re.escape(problem)):
         Greedy().choose(table_of({"a": 1000}), budget, Measured({"a": SMOOTH}), "s")
+    assert Greedy().problems(Budget(energy="3 mJ")) == []
 
 
-@pytest.mark.parametrize("candidates", [1, 0, 2.5, True])
-def test_candidates_are_at_least_two(candidates: int) -> None:
-    with pytest.raises(RecipeError, match=f"candidates is {candidates}: give a whole number from 2 up"):
-        Greedy(candidates=candidates)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"candidates": 1}, "candidates is 1: give a whole number from 2 up"),
+        ({"candidates": 2.5}, "candidates is 2.5, a float: it takes int"),
+        ({"candidates": True}, "candidates is True, a bool: it takes int"),
+        ({"candidates": "x"}, "candidates is 'x', a str: it takes int"),
+        ({"monotone": "no"}, "monotone is 'no', a str: it takes bool"),
+        ({"lazy": 1}, "lazy is 1, a int: it takes bool"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_said(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        Greedy(**settings)
+    assert refused.value.problems == (f"Greedy: {said}",)
 
 
 def test_coarse_options_are_said_to_miss_the_target() -> None:
@@ -307,7 +324,7 @@ def test_the_descent_is_the_walk_of_the_guide(seed: int) -> None:
     room = float(rng.uniform(sum(w * s[0] for w, s in zip(wholes, shares, strict=True)), wholes.sum() * 0.99))
 
     def walk(x: np.ndarray, y: np.ndarray, level: float) -> float:
-        steps = np.linspace(1, x[0], 1500)
+        steps = np.union1d(np.linspace(1, x[0], 1500), x)[::-1]  # with the points: the narrowest dip is seen
         below = np.flatnonzero(np.interp(steps, x, y) < level)
         return float(steps[max(below[0] - 1, 0)]) if len(below) else float(x[0])
 

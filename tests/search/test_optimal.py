@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.cost.cost import Cost
-from featherweight.errors import BudgetError
+from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import LowRank
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import Optimal, allocate, cheapest_share, rounded_up, within
@@ -97,6 +98,39 @@ def test_a_tight_corner_that_no_price_finds():
     chosen = allocate(costs, losses, np.array([10.0, 10.0]))
     assert chosen is not None
     assert sorted(chosen) == [0, 1]
+
+
+@pytest.mark.parametrize("metrics", [1, 2])
+def test_a_table_of_two_thousand_layers_and_forty_options_each(metrics: int):
+    """Of costs that conflict: an option that is cheap in one metric is dear in another."""
+    random = np.random.default_rng(metrics)
+    sizes = random.uniform(1, 10, 2000)
+    costs = [size * (0.02 + random.dirichlet(np.full(metrics, 0.4), 40) * random.random((40, 1))) for size in sizes]
+    losses = [random.exponential() * (1 - cost.mean(1) / cost.mean(1).max()) for cost in costs]
+    room = 0.1 * np.sum([cost.max(0) for cost in costs], axis=0)
+    chosen = allocate(costs, losses, room)
+    assert chosen is not None
+    used = np.sum([cost[i] for cost, i in zip(costs, chosen, strict=True)], axis=0)
+    assert (used <= room * (1 + 1e-9)).all()
+    # No plan can beat the bound that any prices give.
+    loss, bounds = sum(float(of[i]) for of, i in zip(losses, chosen, strict=True)), []
+    for multiplier in np.logspace(-3, 3, 120):
+        prices = multiplier / room
+        bounds.append(sum(float((of + c @ prices).min()) for of, c in zip(losses, costs, strict=True)) - prices @ room)
+    assert max(bounds) <= loss <= 1.02 * max(bounds)
+
+
+def test_a_tight_corner_of_two_thousand_layers():
+    """Only mixed choices meet both limits, as in the small corner, and there are too many pairs to try them all."""
+    random = np.random.default_rng(0)
+    torn = [np.stack([share, 1 - share], axis=1) + 0.1 for share in random.random((2000, 40)).round()]
+    costs = [size * cost for size, cost in zip(random.uniform(1, 10, 2000), torn, strict=True)]
+    losses = [np.zeros(40) for _ in costs]
+    total = sum(cost.max() + cost.min() for cost in costs)
+    chosen = allocate(costs, losses, np.full(2, total / 2 * 1.00001))
+    assert chosen is not None
+    used = np.sum([cost[i] for cost, i in zip(costs, chosen, strict=True)], axis=0)
+    assert used == pytest.approx([total / 2] * 2, rel=2e-5)
 
 
 # Plans
@@ -245,3 +279,22 @@ def test_without_any_layer_only_what_is_met_already_can_be_met():
     with pytest.raises(BudgetError, match="macs cannot go below 1 of the original's"):
         within(empty, Budget(macs=0.5), "a.B")
     assert Optimal().choose(empty, Budget(drop=0.1), Measured(empty), "a.B").plan == Plan("a.B")
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"evaluations": "many"}, "evaluations is 'many', a str: it takes int"),
+        ({"evaluations": 2.5, "metric": 3}, "evaluations is 2.5, a float: it takes int"),
+        ({"evaluations": 0}, "evaluations is 0: give a whole number from 1 up"),
+        ({"metric": None}, "metric is None, a NoneType: it takes str"),
+        ({"metric": "param"}, "metric is 'param': it is one of macs, params, bytes, energy; did you mean 'params'?"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_said(settings: dict[str, Any], said: str):
+    with pytest.raises(RecipeError) as refused:
+        Optimal(**settings)
+    assert refused.value.problems[0] == f"Optimal: {said}"

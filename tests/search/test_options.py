@@ -9,7 +9,7 @@ import pytest
 from featherweight.cost.cost import Cost
 from featherweight.errors import ArtifactError, RecipeError
 from featherweight.forms import LowRank, Separable
-from featherweight.search.options import Option, Plan, Table
+from featherweight.search.options import Option, Plan, Table, shortfall
 
 
 def option(layer: str, rank: int | None, macs: int, loss: float) -> Option:
@@ -83,8 +83,17 @@ def test_a_plan_survives_its_file(tmp_path):
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, content, message):
     (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises(ArtifactError, match=message) as refused:
         Plan.load(tmp_path / "plan.json")
+    assert str(refused.value).startswith(str(tmp_path / "plan.json"))
+
+
+def test_options_too_coarse_for_a_limit_are_said():
+    assert shortfall(TABLE, PLAN, {"macs": 70.0}) == ()
+    assert shortfall(TABLE, PLAN, {"macs": 100.0, "params": 705.0}) == (), "one limit is all but reached"
+    (note,) = shortfall(TABLE, PLAN, {"macs": 140.0, "params": 1000.0})
+    assert note == "params came to 0.700 of the limit: no option lies nearer below it"
+    assert shortfall(TABLE, Plan("factorize.SVD"), {"macs": 1000.0}) == (), "nothing was replaced"
 
 
 def test_a_plan_that_is_not_there_is_said(tmp_path):

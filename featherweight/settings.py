@@ -1,0 +1,62 @@
+"""Settings of the wrong type, said in words: of steps, and of the selectors that steps are given."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+def mistyped(settings: Any) -> list[str]:
+    """What is wrong with the types of a dataclass's values, a sentence for each that its annotation does not allow.
+
+    Args:
+        settings: an object of a dataclass whose fields are the settings.
+    """
+    hints = typing.get_type_hints(type(settings))
+    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    return [
+        f"{name} is {value!r}, a {type(value).__name__}: it takes {in_words(hints[name])}"
+        for name, value in given.items()
+        if not fits(value, hints[name])
+    ]
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a setting's value is of the annotated type; whole numbers serve where real ones are asked for."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
+        )
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if isinstance(value, bool):
+        return annotation is bool
+    if annotation is float:
+        return isinstance(value, int | float)
+    return isinstance(value, annotation)
+
+
+def in_words(annotation: Any) -> str:
+    """A type as users say it, such as ``float or None or {layer pattern: float}``."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(in_words(argument) for argument in arguments))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"{{layer pattern: {in_words(arguments[1])}}}"
+    if origin is tuple:
+        return f"a list of {in_words(arguments[0])}"
+    if origin is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
