@@ -28,7 +28,7 @@ class Blocks:
 
     Attributes:
         weight: (groups, outputs, u, v), float64.
-        gram: E[x x ᵀ] of the layer's inputs, (groups, u, v, u, v), or None without data.
+        gram: E[x xᵀ] of the layer's inputs, (groups, u, v, u, v), float32, or None without data.
         gradients: per group, (groups, outputs, outputs), or None.
         positions: output positions a sample.
     """
@@ -60,13 +60,21 @@ class Factors:
         return torch.einsum("gour,grv->gouv", self.second, self.first)
 
 
-def order(channels: int, kernel: Sequence[int], first_axes: Collection[int]) -> Tensor:
-    """Where each element of (u, v) lies in a flattened input patch (channels, *kernel): (u, v) indices."""
-    at = torch.arange(channels * int(torch.Size(kernel).numel())).reshape(channels, *kernel)
+def by_blocks(x: Tensor, dim: int, channels: int, kernel: Sequence[int], first_axes: Collection[int]) -> Tensor:
+    """A tensor with a dimension of flattened input patches, (channels, *kernel), taken apart into u and v; a view if it can.
+
+    Args:
+        x: any tensor.
+        dim: the dimension; its two parts take its place.
+        channels, kernel: what it is flattened from.
+        first_axes: kernel axes that belong to v, as do the channels.
+    """
+    x = x.reshape(*x.shape[:dim], channels, *kernel, *x.shape[dim + 1 :])
     second = [1 + axis for axis in range(len(kernel)) if axis not in first_axes]
-    at = at.permute(*second, 0, *(1 + axis for axis in range(len(kernel)) if axis in first_axes))
+    inner = [*second, 0, *(1 + axis for axis in range(len(kernel)) if axis in first_axes)]
+    x = x.permute(*range(dim), *(dim + axis for axis in inner), *range(dim + len(inner), x.ndim))
     u = int(torch.Size([kernel[axis - 1] for axis in second]).numel())
-    return at.reshape(u, -1)
+    return x.reshape(*x.shape[:dim], u, -1, *x.shape[dim + len(inner) :])
 
 
 def blocks(weight: Tensor, groups: int, first_axes: Collection[int], statistics: Statistics | None) -> Blocks:
@@ -82,14 +90,14 @@ def blocks(weight: Tensor, groups: int, first_axes: Collection[int], statistics:
             arxiv.org/abs/1505.06798).
     """
     flat = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
-    places = order(weight.shape[1], weight.shape[2:], first_axes).to(weight.device)
+    patch = (weight.shape[1], weight.shape[2:], first_axes)
     if statistics is None:
-        return Blocks(flat[..., places])
+        return Blocks(by_blocks(flat, 2, *patch))
     gram = statistics.gram.to(weight.device)
     if statistics.cross is not None:
         flat = least_squares(gram, statistics.cross.to(weight.device), RIDGE, prior=flat).to(flat)
-    gram = gram[:, places][..., places]  # (groups, u, v, u, v)
-    return Blocks(flat[..., places], gram.double(), _by_group(statistics.gradients, groups), statistics.positions)
+    gram = by_blocks(by_blocks(gram, 2, *patch), 1, *patch)  # (groups, u, v, u, v)
+    return Blocks(by_blocks(flat, 2, *patch), gram, _by_group(statistics.gradients, groups), statistics.positions)
 
 
 def factors(layer: Blocks) -> Factors:
@@ -102,8 +110,14 @@ def factors(layer: Blocks) -> Factors:
     """
     groups, outputs, u, _ = layer.weight.shape
     matrix, left, right = _whitened(layer)
-    columns, values, rows = torch.linalg.svd(matrix, full_matrices=False)
-    second = (columns * values[:, None]).reshape(groups, outputs, -1)
+    # Singular vectors of the shorter side alone, as eigenvectors: the other side is then a product, exact at full rank.
+    if matrix.shape[1] <= matrix.shape[2]:
+        second = torch.linalg.eigh(matrix @ matrix.transpose(1, 2)).eigenvectors.flip(2)
+        rows = second.transpose(1, 2) @ matrix
+    else:
+        rows = torch.linalg.eigh(matrix.transpose(1, 2) @ matrix).eigenvectors.flip(2).transpose(1, 2)
+        second = matrix @ rows.transpose(1, 2)
+    second = second.reshape(groups, outputs, -1)
     if left is not None:
         second = torch.linalg.solve_triangular(left, second, upper=True)
     first = rows if right is None else torch.linalg.solve_triangular(right, rows, upper=False, left=False)
@@ -157,7 +171,7 @@ def refit(layer: Blocks, start: Factors) -> Factors:
         return start
     groups, outputs, u, _ = layer.weight.shape
     rank = start.first.shape[1]
-    seen = torch.einsum("gtv,gpvqw->gptqw", start.first, layer.gram)
+    seen = torch.einsum("gtv,gpvqw->gptqw", start.first, layer.gram.to(start.first))
     gram = torch.einsum("gptqw,gsw->gptqs", seen, start.first).reshape(groups, u * rank, u * rank)
     cross = torch.einsum("gopv,gqspv->goqs", layer.weight, seen).reshape(groups, outputs, u * rank)
     prior = start.second.reshape(groups, outputs, u * rank)
@@ -205,7 +219,7 @@ def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
 
 def _between_blocks(gram: Tensor) -> Tensor:
     """The mean over u of a Gram matrix's diagonal blocks: (groups, u, v, u, v) → (groups, v, v)."""
-    return gram.diagonal(dim1=1, dim2=3).mean(-1)
+    return gram.diagonal(dim1=1, dim2=3).mean(-1, dtype=torch.float64)
 
 
 def _by_group(gradients: Tensor | None, groups: int) -> Tensor | None:

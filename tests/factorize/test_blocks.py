@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featherweight.curvature.gram import Statistics
-from featherweight.factorize.blocks import Blocks, Factors, balanced, blocks, factors, order, predicted_losses, refit
+from featherweight.factorize.blocks import Blocks, Factors, balanced, blocks, factors, predicted_losses, refit
+
+
+def order(channels: int, kernel: Sequence[int], first_axes: Collection[int]) -> Tensor:
+    """Where each element of (u, v) lies in a flattened input patch (channels, *kernel): (u, v) indices."""
+    at = torch.arange(channels * math.prod(kernel)).reshape(channels, *kernel)
+    second = [1 + axis for axis in range(len(kernel)) if axis not in first_axes]
+    at = at.permute(*second, 0, *(1 + axis for axis in range(len(kernel)) if axis in first_axes))
+    return at.reshape(math.prod(kernel[axis - 1] for axis in second), -1)
 
 
 def moment(groups: int, width: int, generator: torch.Generator, samples: int = 40) -> tuple[Tensor, Tensor]:
