@@ -61,7 +61,7 @@ class Factors:
 
 
 def by_blocks(x: Tensor, dim: int, channels: int, kernel: Sequence[int], first_axes: Collection[int]) -> Tensor:
-    """A tensor with a dimension of flattened patches, (channels, *kernel), taken apart into u and v; a view where it can.
+    """A tensor with a dimension of flattened patches, (channels, *kernel), taken apart into u and v; a view if it can.
 
     Args:
         x: any tensor.
