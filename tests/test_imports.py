@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "settings"),
     ("files",),
     ("batch", "ledger", "progress"),
-    ("forms",),
+    ("forms", "graph"),
     ("train",),
     ("task",),
     ("edits", "score"),

@@ -1,0 +1,183 @@
+"""One walk through the graph that gives every dimension of every tensor its labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from featherweight.graph.labels import Labels, Reason
+from featherweight.graph.rules import RULES, Axes, Axis, Call, Unsupported, Value, operation_of
+from featherweight.graph.rules.call import in_place, read_by
+from featherweight.graph.trace import GraphError, Trace, attribute, size, source_of
+
+# Operations whose result shares its memory with their input: what is written into it changes the input too.
+_VIEWS = """
+slice select view reshape transpose permute narrow unsqueeze squeeze expand split split_with_sizes chunk
+unbind getitem t alias detach flatten unflatten movedim contiguous diagonal swapaxes view_as expand_as
+"""
+
+# Operations that say something of a tensor and give none.
+_SILENT = "_assert_tensor_metadata sym_size _assert_scalar sym_constrain_range_for_size switch_gradients"
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """A graph with its labels.
+
+    Attributes:
+        trace: the graph.
+        labels: all labels.
+        values: for every operation, the labels of its results.
+        tensors: by name, the labels of parameters, buffers and constants that the graph reads.
+        roles: by the id of a dimension's label rows, the part it plays: role and kind.
+        unknown: operations without a rule, or used in a way that theirs does not cover, with the reason.
+    """
+
+    trace: Trace
+    labels: Labels = field(default_factory=Labels)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    tensors: dict[str, Axes] = field(default_factory=dict)
+    roles: dict[int, tuple[str, str]] = field(default_factory=dict)
+    unknown: list[tuple[str, Reason]] = field(default_factory=list)
+
+
+def analyse(trace: Trace) -> Analysis:
+    """Give every tensor of the graph its labels, from the inputs to the outputs."""
+    analysis = Analysis(trace)
+    for node in trace.graph.graph.nodes:
+        analysis.values[node] = _STEPS[node.op](analysis, node) if node.op in _STEPS else None
+    _keep_something(analysis)
+    return analysis
+
+
+def _keep_something(analysis: Analysis) -> None:
+    """Fix labels that a whole dimension has: without them nothing would be left of it."""
+    seen: dict[int, Axis] = {}
+    for value in analysis.values.values():
+        for axis in _axes_in(value):
+            seen.setdefault(id(axis.rows), axis)
+    for axis in seen.values():
+        if len(axis) and (common := analysis.labels.common(axis.rows)).any():
+            analysis.labels.fix(common, Reason("nothing would be left of a tensor without it"))
+
+
+def _placeholder(analysis: Analysis, node: fx.Node) -> Value:
+    value = node.meta.get("val")
+    return _fixed(analysis, value, Reason("it meets the network's input")) if isinstance(value, Tensor) else None
+
+
+def _get_attr(analysis: Analysis, node: fx.Node) -> Value:
+    tensor = attribute(analysis.trace.graph, str(node.target))
+    if not isinstance(tensor, Tensor):
+        return None
+    name = analysis.trace.names[str(node.target)]
+    if not node.users:  # of tied tensors, or tensors that nothing uses, the graph reads all and uses one
+        return None
+    if name not in analysis.tensors:
+        alone = Reason("it has only one slice")
+        analysis.tensors[name] = tuple(
+            Axis(analysis.labels.allocate(n, name) if n > 1 else analysis.labels.fixed(n, alone)) for n in tensor.shape
+        )
+    return analysis.tensors[name]
+
+
+def _output(analysis: Analysis, node: fx.Node) -> Value:
+    for leaf in pytree.tree_leaves(node.args):
+        value = analysis.values.get(leaf) if isinstance(leaf, fx.Node) else None
+        for axis in value if isinstance(value, tuple) else ():
+            analysis.labels.fix(axis.rows, Reason("it is the network's output"))
+    return None
+
+
+def _call_function(analysis: Analysis, node: fx.Node) -> Value:
+    operation = operation_of(node)
+    if operation in _SILENT.split():
+        return None
+    if operation == "getitem":
+        held = analysis.values.get(node.args[0])  # type: ignore[arg-type]
+        if isinstance(held, list):
+            return cast(Value, held[cast(int, node.args[1])])
+    carried = [v for n in node.all_input_nodes if (v := analysis.values.get(n)) is not None]
+    result = node.meta.get("val")
+    if not carried and not pytree.tree_any(lambda leaf: isinstance(leaf, Tensor), result):
+        return None  # arithmetic on lengths
+    try:
+        if operation not in RULES:
+            raise Unsupported(f"no rule covers {node.target}")
+        call = Call(node, analysis.labels, analysis.values, lambda n: _constant(analysis, n), analysis.roles)
+        made = _checked(RULES[operation](call), result)
+    except (Unsupported, GraphError) as refusal:
+        reason = Reason(str(refusal), source_of(node))
+        analysis.unknown.append((str(node.target), reason))
+        for value in carried:
+            for axis in _axes_in(value):
+                analysis.labels.fix(axis.rows, reason)
+        made = _fixed_all(analysis, result, reason)
+    if in_place(node):
+        _write(analysis, node, made)
+    return made
+
+
+_STEPS = {"placeholder": _placeholder, "get_attr": _get_attr, "output": _output, "call_function": _call_function}
+
+
+def _constant(analysis: Analysis, node: fx.Node) -> Tensor | None:
+    read = read_by(node)
+    value = attribute(analysis.trace.graph, str(read.target)) if read is not None else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _checked(made: Value, result: object) -> Value:
+    """What a rule made, held against the shapes of the results."""
+    if isinstance(result, Tensor):
+        if not isinstance(made, tuple) or [len(a) for a in made] != [size(s) for s in result.shape]:
+            raise Unsupported("the result has another shape than its rule expects")
+    elif isinstance(result, (tuple, list)):
+        if not isinstance(made, list) or len(made) != len(result):
+            raise Unsupported("the operation has other results than its rule expects")
+        for axes, tensor in zip(made, result, strict=True):
+            if isinstance(tensor, Tensor) and axes is not None:
+                _checked(axes, tensor)
+    return made
+
+
+def _write(analysis: Analysis, node: fx.Node, made: Value) -> None:
+    """Let the tensor that an operation overwrites carry what was written."""
+    target = node.args[0]
+    if not isinstance(target, fx.Node) or not isinstance(made, tuple):
+        return
+    before = analysis.values.get(target)
+    views = target.op == "call_function" and operation_of(target) in _VIEWS.split()
+    if views or target.op == "get_attr":
+        reason = Reason("it is overwritten in place, in part or through a view", source_of(node))
+        for axis, old in zip(made, before if isinstance(before, tuple) else (), strict=True):
+            if target.op == "get_attr" or (old.zero and not axis.zero):
+                analysis.labels.fix(axis.rows, reason)
+    analysis.values[target] = made
+
+
+def _axes_in(value: Value) -> list[Axis]:
+    if isinstance(value, tuple):
+        return list(value)
+    return [axis for item in value or () for axis in _axes_in(item)]
+
+
+def _fixed(analysis: Analysis, tensor: Tensor, reason: Reason) -> Axes:
+    lengths = []
+    for s in tensor.shape:
+        try:
+            lengths.append(size(s))
+        except GraphError:  # a length that depends on values: whoever meets it is refused
+            lengths.append(0)
+    return tuple(Axis(analysis.labels.fixed(n, reason)) for n in lengths)
+
+
+def _fixed_all(analysis: Analysis, result: object, reason: Reason) -> Value:
+    if isinstance(result, Tensor):
+        return _fixed(analysis, result, reason)
+    if isinstance(result, (tuple, list)):
+        return [_fixed_all(analysis, item, reason) for item in result]
+    return None

@@ -1,0 +1,453 @@
+"""Narrowing: the units that stay, carried out on a copy of the model.
+
+In *module form* the model's own parameters, buffers and integer attributes are narrowed, and its class stays; that is
+tried first, and holds if the copy runs and answers as the graph does. In *graph form* the captured graph takes the
+model's place, for models that have sizes written into their code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from featherweight import batch
+from featherweight.batch import Inputs
+from featherweight.errors import ArtifactError
+from featherweight.graph import rewrite, verify
+from featherweight.graph.coupling import Coupling, couple
+from featherweight.graph.rewrite import Mask
+from featherweight.graph.trace import GraphError
+
+Form = Literal["module", "graph"]
+
+_SMALL = 30_000_000  # parameters: up to here answers are compared in float64
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What to cut from a model, as plain data.
+
+    Attributes:
+        form: "module" or "graph".
+        why: why it is that form.
+        kept: by group, the units that stay.
+        tensors: by tensor name and dimension, the indices that stay.
+        values: by tensor name, the new numbers of tensors that hold indices into dimensions which lost slices.
+        attributes: by module name and attribute, the new number or list of numbers.
+        inputs: of the graph form, the example's shapes and types, to capture the graph with.
+    """
+
+    form: Form
+    why: str
+    kept: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Mapping[int, tuple[int, ...]]]
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The narrowing as JSON-ready data."""
+        return {
+            "form": self.form,
+            "why": self.why,
+            "kept": {name: list(units) for name, units in self.kept.items()},
+            "tensors": {n: {str(d): list(i) for d, i in dims.items()} for n, dims in self.tensors.items()},
+            "values": {name: list(numbers) for name, numbers in self.values.items()},
+            "attributes": {
+                module: {name: list(v) if isinstance(v, tuple) else v for name, v in changes.items()}
+                for module, changes in self.attributes.items()
+            },
+            "inputs": dict(self.inputs),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Narrowing:
+        """The narrowing back from its JSON.
+
+        Raises:
+            ArtifactError: not a narrowing of this version.
+        """
+        try:
+            if set(data) != {"form", "why", "kept", "tensors", "values", "attributes", "inputs"}:
+                raise ValueError(f"its fields are {sorted(data)}")
+            if data["form"] not in ("module", "graph"):
+                raise ValueError(f"its form is {data['form']!r}")
+            return cls(
+                data["form"],
+                str(data["why"]),
+                {str(name): _integers(units) for name, units in data["kept"].items()},
+                {str(n): {int(d): _integers(i) for d, i in dims.items()} for n, dims in data["tensors"].items()},
+                {str(name): _integers(numbers) for name, numbers in data["values"].items()},
+                {
+                    str(module): {
+                        str(n): _integers(v) if isinstance(v, list) else _integers([v])[0] for n, v in c.items()
+                    }
+                    for module, c in data["attributes"].items()
+                },
+                dict(data["inputs"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"this is not a narrowing that this version knows: {error}") from error
+
+    def apply(self, model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
+        """A narrowed copy of a model like the one this was made for; its values are cut, the model stays as it is.
+
+        Args:
+            model: the same class with the same sizes; its values may be others, or on the meta device.
+            inputs: for the graph form, an example of its inputs; made up from the narrowing's own where not given.
+
+        Raises:
+            GraphError: the narrowing does not fit the model.
+        """
+        if self.form == "module":
+            return _module_form(model, self)
+        coupling = couple(model, inputs or batch.sketched(self.inputs))
+        lost = coupling.lost(self.kept)
+        if _indices(coupling, lost) != {n: dict(dims) for n, dims in self.tensors.items()}:
+            raise GraphError(f"this narrowing was made for another {type(model).__name__}: the slices do not agree")
+        return rewrite.narrowed(coupling, lost, _cut(coupling, self))[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """A narrowed model.
+
+    Attributes:
+        module: the copy that was narrowed.
+        narrowing: what was done, as data.
+        error: the largest difference from the masked original, relative to its largest answer; None where it could
+            not be
+            run (meta device).
+    """
+
+    module: nn.Module
+    narrowing: Narrowing
+    error: float | None
+
+
+def narrow(
+    model: nn.Module,
+    coupling: Coupling,
+    kept: Mapping[str, Sequence[int]],
+    *,
+    form: Form | None = None,
+    check: bool = True,
+) -> Narrowed:
+    """A narrowed copy of a model, held against the original with the same slices set to zero.
+
+    Args:
+        model: the model that was coupled, unchanged since.
+        coupling: what goes together.
+        kept: by group name, the units that stay; groups that are not named stay whole.
+        form: the form to use; None for the module form where it is enough, and the graph form otherwise.
+        check: whether to compare the answers; the module form is always compared with the graph.
+
+    Raises:
+        GraphError: a group or unit that is not there, a group that would be empty, or a narrowed model that does not
+            answer
+            as the masked one does; the message names the group.
+    """
+    lost = coupling.lost(kept)
+    _refuse_empty(coupling, lost, kept)
+    plan = Narrowing(
+        "graph",
+        "as asked" if form == "graph" else "",
+        {name: tuple(sorted({int(u) for u in units})) for name, units in kept.items()},
+        _indices(coupling, lost),
+        {name: tuple(numbers) for name, numbers in rewrite.renumbered(coupling, lost).items()},
+        {},
+        _sketch(coupling.analysis.trace.inputs),
+    )
+    graph, numbers = rewrite.narrowed(coupling, lost, _cut(coupling, plan))
+    device = batch.device_of(model)
+    error: float | None = None
+    if device.type != "meta" and check:
+        error = _checked(coupling, graph, kept, lost)
+    if form != "graph":
+        module, narrowing, why_not = _as_module(model, coupling, plan, numbers, graph)
+        if module is not None:
+            module.train(model.training)
+            return Narrowed(module, narrowing, error)
+        if form == "module":
+            raise GraphError(f"{type(model).__name__} cannot be narrowed in module form: {why_not}")
+        plan = replace(plan, why=why_not)
+    graph.train(model.training)
+    return Narrowed(graph, plan, error)
+
+
+def _as_module(
+    model: nn.Module, coupling: Coupling, plan: Narrowing, numbers: Mapping[str, list[Any]], graph: nn.Module
+) -> tuple[nn.Module | None, Narrowing, str]:
+    """The module form if it answers as the graph does: with sure changes of attributes first, then with likely ones."""
+    registered = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    registered |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    loose = [name for name in (*plan.tensors, *plan.values) if name not in registered]
+    if loose:
+        return None, plan, f"its code holds a tensor that is neither a parameter nor a buffer ({loose[0]})"
+    meta = batch.device_of(model).type == "meta"
+    small = sum(t.numel() for t in model.parameters()) <= _SMALL
+    inputs = _inputs(coupling, double=False)
+    expected = None if meta else verify.answers(graph, inputs)
+    why = ""
+    for bold in (False, True):
+        attributes = _attributes(model, plan, numbers, bold=bold)
+        candidate = replace(
+            plan, form="module", why="its own parameters and attributes are enough", attributes=attributes
+        )
+        try:
+            module = _module_form(model, candidate)
+            with batch.mode(module, training=False):
+                if meta:
+                    with torch.no_grad():
+                        coupling.analysis.trace.inputs.into(module)
+                    return module, candidate, ""
+                given = verify.answers(module, inputs)
+                assert expected is not None
+                difference = verify.distance(given, expected)
+                if difference > 1e-4 and small:  # near a tie, float32 alone may decide otherwise
+                    double = _inputs(coupling, double=True)
+                    difference = verify.distance(
+                        verify.answers(verify.in_double(module), double),
+                        verify.answers(verify.in_double(graph), double),
+                    )
+            if difference <= 1e-4:
+                return module, candidate, ""
+            why = why or "sizes that its code computes with have changed the answer"
+        except Exception as error:  # the model's own code may raise anything when its sizes change
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            why = f"its code has sizes written into it: {(lines or [type(error).__name__])[0][:160]}"
+        if not any(attributes.values()):
+            continue
+    return None, plan, why
+
+
+def _module_form(model: nn.Module, plan: Narrowing) -> nn.Module:
+    """A copy of the model with narrowed parameters, buffers and attributes."""
+    module = copy.deepcopy(model)
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    named: dict[str, Tensor] = {}
+    for path, part in module.named_modules():
+        for leaf, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append((part, leaf))
+                named[f"{path}.{leaf}" if path else leaf] = tensor
+    for name in {*plan.tensors, *plan.values}:
+        if name not in named:
+            raise GraphError(f"{type(model).__name__} has no tensor {name!r}: the narrowing was made for another model")
+        old = named[name]
+        new = _cut_tensor(old, name, plan)
+        for part, leaf in owners[id(old)]:
+            if leaf in part._parameters:
+                setattr(part, leaf, new)
+            else:
+                part._buffers[leaf] = new
+    for path, changes in plan.attributes.items():
+        try:
+            part = module.get_submodule(path)
+        except AttributeError:
+            raise GraphError(f"{type(model).__name__} has no module {path!r}") from None
+        for name, value in changes.items():
+            present = getattr(part, name, None)
+            if not isinstance(present, (int, tuple, list)):
+                raise GraphError(f"{path or type(model).__name__} has no number {name!r} to change")
+            made: Any = list(value) if isinstance(present, list) and isinstance(value, tuple) else value
+            setattr(part, name, made)
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):
+            part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+    return module
+
+
+def _attributes(
+    model: nn.Module, plan: Narrowing, numbers: Mapping[str, list[Any]], *, bold: bool
+) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    """The attributes that change with the sizes.
+
+    Of PyTorch's own layers those that say their sizes. Of other modules every number that equals one which their
+    forward used and which has changed; where the same number was used twice and changed once, only if `bold`.
+    """
+    made: dict[str, dict[str, int | tuple[int, ...]]] = {}
+    lengths = {name: {d: len(kept) for d, kept in dims.items()} for name, dims in plan.tensors.items()}
+    first: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        first.setdefault(id(tensor), name)
+
+    def shape(tensor: Tensor) -> list[int]:
+        changed = lengths.get(first.get(id(tensor), ""), {})
+        return [changed.get(d, n) for d, n in enumerate(tensor.shape)]
+
+    for path, module in model.named_modules(remove_duplicate=False):
+        pairs = set(numbers.get(path, ()))
+        changes = _sizes_of(module, shape, pairs)
+        if not type(module).__module__.startswith("torch.nn."):
+            for name, value in vars(module).items():
+                if name in changes or (name.startswith("_") and not name.startswith("_num")):
+                    continue
+                new = _translated(value, pairs, bold=bold)
+                if new is not None:
+                    changes[name] = new
+        present = {n: getattr(module, n, None) for n in changes}
+        changes = {n: v for n, v in changes.items() if (tuple(p) if isinstance(p := present[n], list) else p) != v}
+        if changes:
+            made[path] = changes
+    return made
+
+
+def _sizes_of(module: nn.Module, shape: Any, pairs: set[tuple[int, int]]) -> dict[str, int | tuple[int, ...]]:
+    """What PyTorch's own layers say of their sizes, from the new shapes of their weights."""
+    weight = getattr(module, "weight", None) if "weight" in module._parameters else None
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        rows, columns, *_ = shape(weight)
+        groups = next((new for old, new in pairs if old == module.groups), module.groups)
+        sizes = (rows, columns * groups) if module.transposed else (columns * groups, rows)
+        return {"in_channels": sizes[0], "out_channels": sizes[1], "groups": groups}
+    if isinstance(module, nn.modules.conv._ConvNd):  # a parametrized weight
+        groups = next((new for old, new in pairs if old == module.groups), module.groups)
+        return {"groups": groups}
+    if isinstance(module, nn.Linear) and weight is not None:
+        rows, columns = shape(weight)
+        return {"in_features": columns, "out_features": rows}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": shape(module.weight)[1]}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        if weight is not None:
+            return {"normalized_shape": tuple(shape(weight))}
+        old = tuple(module.normalized_shape)
+        return {"normalized_shape": tuple(next((new for o, new in pairs if o == n), n) for n in old)}
+    if isinstance(module, nn.GroupNorm) and weight is not None:
+        return {"num_channels": shape(weight)[0]}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        tensor = module.running_mean if module.running_mean is not None else module.weight
+        return {} if tensor is None else {"num_features": shape(tensor)[0]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": shape(module.weight)[0]}
+    if isinstance(module, nn.RNNBase):
+        return {"input_size": shape(module.weight_ih_l0)[1], "hidden_size": shape(module.weight_hh_l0)[1]}
+    if isinstance(module, nn.MultiheadAttention):
+        width = shape(module.out_proj.weight)
+        return {"embed_dim": width[0], "head_dim": width[1] // module.num_heads} | (
+            {"kdim": width[0], "vdim": width[0]} if module._qkv_same_embed_dim else {}
+        )
+    if isinstance(module, nn.Unflatten) and isinstance(module.unflattened_size, (tuple, list)):
+        new = _translated(tuple(module.unflattened_size), pairs, bold=False)
+        return {} if new is None else {"unflattened_size": new}
+    return {}
+
+
+def _translated(value: Any, pairs: set[tuple[int, int]], *, bold: bool) -> int | tuple[int, ...] | None:
+    """A number, or several, with those that changed replaced; None where none did."""
+    if isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
+        made = tuple(_translated(v, pairs, bold=bold) or v for v in value)
+        return made if made != tuple(value) else None  # type: ignore[return-value]
+    if type(value) is not int or value < 2:
+        return None
+    became = {new for old, new in pairs if old == value}
+    if not bold and value in became:
+        return None
+    became -= {value}
+    return became.pop() if len(became) == 1 else None
+
+
+def _checked(coupling: Coupling, graph: nn.Module, kept: Mapping[str, Sequence[int]], lost: Mask) -> float:
+    """How far the narrowed graph is from the masked original.
+
+    Raises:
+        GraphError: too far; the message names the first group that is so alone.
+    """
+    error, allowed = _error(coupling, graph, lost)
+    if error <= allowed:
+        return error
+    for name, units in kept.items():
+        alone = coupling.lost({name: units})
+        plan = Narrowing("graph", "", {}, _indices(coupling, alone), _numbers(coupling, alone))
+        single, _ = rewrite.narrowed(coupling, alone, _cut(coupling, plan))
+        far, allowed = _error(coupling, single, alone)
+        if far > allowed:
+            raise GraphError(
+                f"without some of group {name!r}, the narrowed network does not answer as the original with those "
+                f"slices set to zero does (relative difference {far:.1e}): leave that group whole, and report it"
+            )
+    raise GraphError(
+        f"the network narrowed in {len(kept)} groups does not answer as the original with those slices set to zero "
+        f"does (relative difference {error:.1e}), although it does for every group alone: "
+        "narrow fewer groups, and report it"
+    )
+
+
+def _error(coupling: Coupling, graph: nn.Module, lost: Mask) -> tuple[float, float]:
+    small = sum(t.numel() for t in coupling.analysis.trace.tensors.values()) <= _SMALL
+    inputs = _inputs(coupling, double=small)
+    masked = verify.masked_answers(coupling, lost, inputs, double=small)
+    given = verify.answers(verify.in_double(graph) if small else graph, inputs)
+    return verify.distance(given, masked), 1e-7 if small else 1e-3
+
+
+def _inputs(coupling: Coupling, *, double: bool) -> Inputs:
+    trace = coupling.analysis.trace
+    return verify.random_like(trace.inputs, seed=0, dynamic=trace.dynamic, double=double)
+
+
+def _sketch(inputs: Inputs) -> dict[str, Any]:
+    """The example's shapes and types; of inputs on the meta device, as if they were zeros."""
+
+    def held(value: Any) -> Any:
+        return torch.zeros_like(value, device="cpu") if isinstance(value, Tensor) and value.is_meta else value
+
+    args, kwargs = pytree.tree_map(held, (inputs.args, dict(inputs.kwargs)))
+    return batch.sketch(Inputs(args, kwargs))
+
+
+def _indices(coupling: Coupling, lost: Mask) -> dict[str, dict[int, tuple[int, ...]]]:
+    made: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, axes in coupling.analysis.tensors.items():
+        for d, axis in enumerate(axes):
+            stays = coupling.stays(axis.rows, lost)
+            if not stays.all():
+                made.setdefault(name, {})[d] = tuple(np.flatnonzero(stays).tolist())
+    return made
+
+
+def _numbers(coupling: Coupling, lost: Mask) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(numbers) for name, numbers in rewrite.renumbered(coupling, lost).items()}
+
+
+def _refuse_empty(coupling: Coupling, lost: Mask, kept: Mapping[str, Sequence[int]]) -> None:
+    """No dimension of any tensor may lose everything, be it a part that a split takes out of a longer one."""
+    for node, value in coupling.analysis.values.items():
+        pieces = value if isinstance(value, list) else [value]
+        for axes in pieces:
+            for axis in axes if isinstance(axes, tuple) else ():
+                if len(axis) and not coupling.stays(axis.rows, lost).any():
+                    labels = set(np.unique(coupling.analysis.labels.resolve(axis.rows)).tolist())
+                    name = next((n for n in kept if labels & set(coupling.group(n).labels.tolist())), "?")
+                    raise GraphError(f"nothing would be left of a dimension of {node}: keep more of group {name!r}")
+
+
+def _cut(coupling: Coupling, plan: Narrowing) -> dict[str, Tensor]:
+    return {name: _cut_tensor(tensor, name, plan) for name, tensor in coupling.analysis.trace.tensors.items()}
+
+
+def _cut_tensor(tensor: Tensor, name: str, plan: Narrowing) -> Tensor:
+    """A copy of a tensor with the slices that stay; parameters stay parameters."""
+    made = tensor.detach()
+    for d, kept in plan.tensors.get(name, {}).items():
+        if d >= made.ndim or (kept and kept[-1] >= made.shape[d]):
+            raise GraphError(f"{name} is {tuple(tensor.shape)}: the narrowing was made for another model")
+        made = made.index_select(d, torch.tensor(kept, device=made.device))
+    if name in plan.values:
+        made = torch.tensor(plan.values[name], dtype=made.dtype, device=made.device)
+    made = made.clone() if made.data_ptr() == tensor.data_ptr() else made
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def _integers(values: Sequence[Any]) -> tuple[int, ...]:
+    if not all(type(v) is int for v in values):
+        raise ValueError(f"{values} are not whole numbers")
+    return tuple(values)

@@ -1,0 +1,361 @@
+"""The captured graph with some slices gone: smaller tensors, and every number in it that depends on their sizes.
+
+Only numbers change: shapes of views, bounds of slices, numbers of groups, and what an operation derives from a size
+(the scale of attention, the count of a mean).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from featherweight.graph.coupling import Coupling
+from featherweight.graph.rules import Axis, operation_of
+from featherweight.graph.rules.call import arguments, read_by
+from featherweight.graph.rules.reduction import statistic
+from featherweight.graph.trace import GraphError, attribute, module_of, quiet, size
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Rewrite: TypeAlias = Callable[["Site"], None]
+
+REWRITES: dict[str, Rewrite] = {}
+
+# The argument that says whether a layer trains; in evaluation mode all of them were captured as False.
+_TRAINING = {
+    "batch_norm": "training", "instance_norm": "use_input_stats", "dropout": "train", "feature_dropout": "train",
+    "alpha_dropout": "train", "feature_alpha_dropout": "train", "lstm": "train", "gru": "train", "rnn_tanh": "train",
+    "rnn_relu": "train", "rrelu": "training",
+}  # fmt: skip
+
+
+class NarrowedGraph(fx.GraphModule):
+    """A captured graph that trains: dropout and batch norm follow `train` and `eval`; names are the model's.
+
+    What the model's own code does only while it trains (auxiliary heads, dropped paths) is not in it: it was captured
+    in evaluation mode.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NarrowedGraph:
+        with quiet():  # torch warns of what it does itself
+            copied: NarrowedGraph = cast(NarrowedGraph, super().__deepcopy__(memo))
+        return copied
+
+    def train(self, mode: bool = True) -> NarrowedGraph:
+        """Let dropout and batch norm train, or not."""
+        super().train(mode)
+        changed = False
+        for node in self.graph.nodes:
+            if name := node.meta.get("trains"):
+                _set(node, **{name: mode})
+                changed = True
+        if changed:
+            self.recompile()
+        return self
+
+
+def narrowed(
+    coupling: Coupling, lost: Mask, tensors: Mapping[str, Tensor]
+) -> tuple[NarrowedGraph, dict[str, list[Any]]]:
+    """The graph without the lost labels.
+
+    Args:
+        coupling: the graph and its labels.
+        lost: by label, whether it goes.
+        tensors: the tensors that the graph reads, by name, narrowed already.
+
+    Returns:
+        The graph as a module, and by module name the numbers written in its forward: pairs of old and new, those that
+        did not change included.
+    """
+    trace = coupling.analysis.trace
+    old = trace.graph.graph
+    graph = fx.Graph()
+    new_of: dict[fx.Node, fx.Node] = {}
+    graph._codegen = old._codegen  # how arguments and answers are packed; nothing changes it
+    output = graph.graph_copy(old, new_of, return_output_node=True)
+    assert isinstance(output, tuple)
+    graph.output(output[0])
+    numbers: dict[str, list[Any]] = {}
+    for node in old.nodes:
+        if node.op != "call_function" or node not in new_of:
+            continue
+        operation = operation_of(node)
+        if operation == "_assert_tensor_metadata":
+            graph.erase_node(new_of[node])
+        elif operation in REWRITES:
+            site = Site(coupling, lost, node, new_of, numbers.setdefault(module_of(node), []))
+            REWRITES[operation](site)
+        if (name := _TRAINING.get(operation)) and arguments(node)[name] is False:
+            new_of[node].meta["trains"] = name
+    held: dict[str, Any] = {name: tensors[shared] for name, shared in trace.registered.items()}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in held:
+            name = trace.names.get(node.target)
+            held[node.target] = tensors[name] if name is not None else attribute(trace.graph, node.target)
+    graph.lint()
+    module = NarrowedGraph({node.target: held[node.target] for node in graph.nodes if node.op == "get_attr"}, graph)
+    for registry in (module._modules, module._parameters, module._buffers):
+        registry.clear()  # and once more, in the model's order and under all of its names
+    for name, value in held.items():
+        _register(module, name, value, persistent=name not in trace.transient)
+    nn.Module.train(module, False)
+    return module, numbers
+
+
+class Site:
+    """One operation of the graph and its copy in the narrowed one."""
+
+    def __init__(
+        self, coupling: Coupling, lost: Mask, old: fx.Node, new_of: Mapping[fx.Node, fx.Node], numbers: list[Any]
+    ) -> None:
+        self.coupling, self._lost, self.old, self._new_of, self._numbers = coupling, lost, old, new_of, numbers
+        self.new = new_of[old]
+        self.arguments = arguments(old)
+
+    def stays(self, axis: Axis) -> Mask:
+        """Which indices of a dimension stay."""
+        return self.coupling.stays(axis.rows, self._lost)
+
+    def axes(self, argument: str) -> tuple[Axis, ...]:
+        """The dimensions of a tensor argument."""
+        value = self.coupling.analysis.values[self.arguments[argument]]
+        assert isinstance(value, tuple)
+        return value
+
+    def result(self) -> tuple[Axis, ...]:
+        """The dimensions of the result."""
+        value = self.coupling.analysis.values[self.old]
+        assert isinstance(value, tuple)
+        return value
+
+    def number(self, old: int, new: int) -> int:
+        """Note that a number of the forward has become another."""
+        self._numbers.append((int(old), int(new)))
+        return int(new)
+
+    def count(self, axis: Axis) -> int:
+        """How many indices of a dimension stay."""
+        return self.number(len(axis), int(self.stays(axis).sum()))
+
+    def narrowed(self, axes: Sequence[Axis]) -> bool:
+        """Whether any of the dimensions loses slices."""
+        return any(not self.stays(axis).all() for axis in axes)
+
+    def lengths(self, given: Sequence[Any] | None) -> list[Any]:
+        """The shape of the result: symbolic lengths as they were given, or -1, which may stand once."""
+        shape = self.old.meta["val"].shape
+        made: list[Any] = []
+        for d, (axis, length) in enumerate(zip(self.result(), shape, strict=True)):
+            if not isinstance(length, torch.SymInt):
+                made.append(self.count(axis))
+            elif given is not None and len(given) == len(shape) and self.stays(axis).all():
+                made.append(self.new_argument(given[d]))
+            else:
+                made.append(-1)
+        if sum(1 for length in made if isinstance(length, int) and length == -1) > 1:
+            raise GraphError(f"the shape of {self.old} has several lengths that depend on the batch")
+        return made
+
+    def new_argument(self, value: Any) -> Any:
+        """An argument of the old operation as one of the new."""
+        return self._new_of[value] if isinstance(value, fx.Node) else value
+
+
+def rewrites(*operations: str) -> Callable[[Rewrite], Rewrite]:
+    """Register what has to change in operations, named as rules are."""
+
+    def register(function: Rewrite) -> Rewrite:
+        for operation in operations:
+            REWRITES[operation] = function
+        return function
+
+    return register
+
+
+@rewrites("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias")
+def _view(site: Site) -> None:
+    given = site.arguments.get("size", site.arguments.get("shape"))
+    lengths = site.lengths(given)
+    if site.narrowed(site.result()):
+        view = torch.ops.aten.view.default if operation_of(site.old) == "view" else torch.ops.aten.reshape.default
+        site.new.target, site.new.args, site.new.kwargs = view, (site.new.args[0], lengths), {}
+
+
+@rewrites("expand", "broadcast_to")
+def _expand(site: Site) -> None:
+    lengths = site.lengths(site.arguments["size"])
+    if site.narrowed(site.result()):
+        _set(site.new, size=lengths)
+
+
+@rewrites("repeat")
+def _repeat(site: Site) -> None:
+    x, made = site.axes("self"), site.result()
+    times = list(site.new.args[1])  # type: ignore[arg-type]
+    for d, axis in enumerate(made):
+        k = d - (len(made) - len(x))
+        if (k < 0 or len(x[k]) == 1) and site.narrowed([axis]):
+            times[d] = site.count(axis)
+    _set(site.new, repeats=times)
+
+
+@rewrites("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+def _made(site: Site) -> None:
+    lengths = site.lengths(site.arguments["size"])
+    if site.narrowed(site.result()):
+        _set(site.new, size=lengths)
+
+
+@rewrites("split", "split_with_sizes", "chunk", "tensor_split")
+def _split(site: Site) -> None:
+    pieces = site.coupling.analysis.values[site.old]
+    assert isinstance(pieces, list)
+    d = site.arguments["dim"] % len(pieces[0])
+    given = site.arguments.get("split_size", site.arguments.get("split_sizes"))
+    if isinstance(given, int):
+        site.number(given, int(site.stays(pieces[0][d]).sum()))
+    lengths = [site.count(piece[d]) for piece in pieces]
+    if site.narrowed([piece[d] for piece in pieces]):
+        site.new.target = torch.ops.aten.split_with_sizes.default
+        site.new.args, site.new.kwargs = (site.new.args[0], lengths, d), {}
+
+
+@rewrites("slice", "narrow")
+def _slice(site: Site) -> None:
+    x = site.axes("self")
+    d = site.arguments["dim"] % len(x)
+    stays = site.stays(x[d])
+    arguments_ = site.arguments
+    if operation_of(site.old) == "narrow":
+        start, stop, step = arguments_["start"] % len(x[d]), arguments_["start"] % len(x[d]) + arguments_["length"], 1
+    else:
+        bounds = [
+            size(b.meta["val"]) if isinstance(b, fx.Node) else b for b in (arguments_["start"], arguments_["end"])
+        ]
+        start, stop, step = slice(bounds[0], bounds[1], arguments_["step"]).indices(len(x[d]))
+    begin, end = int(stays[:start].sum()), int(stays[:stop].sum())
+    site.number(start, begin)
+    site.number(stop, end)
+    if not stays.all():
+        site.new.target = torch.ops.aten.slice.Tensor
+        site.new.args, site.new.kwargs = (site.new.args[0], d, begin, end, step), {}
+
+
+@rewrites("select")
+def _select(site: Site) -> None:
+    x = site.axes("self")
+    d = site.arguments["dim"] % len(x)
+    stays = site.stays(x[d])
+    if not stays.all():
+        index = site.arguments["index"] % len(x[d])
+        _set(site.new, index=site.number(index, int(stays[:index].sum())))
+
+
+@rewrites("layer_norm", "rms_norm")
+def _layer_norm(site: Site) -> None:
+    count = len(site.arguments["normalized_shape"])
+    _set(site.new, normalized_shape=[site.count(axis) for axis in site.result()[-count:]])
+
+
+@rewrites(
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convolution",
+    "_convolution",
+)
+def _groups(site: Site) -> None:
+    """Of a depthwise convolution, a group goes with its channel."""
+    groups, inputs = site.arguments["groups"], site.axes("input")[1]
+    if groups > 1 and groups == len(inputs):
+        _set(site.new, groups=site.count(inputs))
+
+
+@rewrites("scaled_dot_product_attention")
+def _attention(site: Site) -> None:
+    """The default scale is that of the original's head width: another would change how attention weighs."""
+    width = site.axes("query")[-1]
+    if site.narrowed([width]) and site.arguments["scale"] is None:
+        _set(site.new, scale=1 / math.sqrt(len(width)))
+
+
+@rewrites("mean")
+def _mean(site: Site) -> None:
+    """A mean counts removed slices as the zeros they would be; a norm's statistic is over what is kept."""
+    x, given = site.axes("self"), site.arguments.get("dim")
+    dims = [d % len(x) for d in given] if given else list(range(len(x)))
+    if not site.narrowed([x[d] for d in dims]) or statistic(site.old):
+        return
+    share = math.prod(float(site.stays(x[d]).mean()) for d in dims)
+    with site.new.graph.inserting_after(site.new):
+        scaled = site.new.graph.call_function(torch.ops.aten.mul.Tensor, (site.new, share))
+    scaled.meta = dict(site.new.meta)
+    site.new.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
+@rewrites("squeeze")
+def _squeeze(site: Site) -> None:
+    """A dimension that has become one long stays."""
+    x, given = site.axes("self"), site.arguments.get("dim")
+    dims = range(len(x)) if given is None else [d % len(x) for d in ([given] if isinstance(given, int) else given)]
+    site.new.target = torch.ops.aten.squeeze.dims
+    site.new.args, site.new.kwargs = (site.new.args[0], [d for d in dims if len(x[d]) == 1]), {}
+
+
+def renumbered(coupling: Coupling, lost: Mask) -> dict[str, list[int]]:
+    """Tensors of indices into dimensions that lose slices: their numbers, counted anew, by tensor name."""
+    made: dict[str, list[int]] = {}
+    trace = coupling.analysis.trace
+    for node in trace.graph.graph.nodes:
+        if node.op != "call_function" or operation_of(node) != "index_select":
+            continue
+        index = read_by(node.args[2])
+        if index is None:
+            continue
+        x = coupling.analysis.values[node.args[0]]
+        assert isinstance(x, tuple)
+        stays = coupling.stays(x[node.args[1] % len(x)].rows, lost)
+        if stays.all():
+            continue
+        name = trace.names[str(index.target)]
+        position = np.cumsum(stays) - 1
+        picked = trace.tensors[name].numpy(force=True).reshape(-1)
+        numbers = [int(position[i]) for i in picked if stays[i]]
+        if made.setdefault(name, numbers) != numbers:
+            raise GraphError(f"{name} indexes several tensors that no longer agree")
+    return made
+
+
+def _register(module: nn.Module, name: str, value: Any, *, persistent: bool) -> None:
+    """Put a tensor or a region's graph under a dotted name."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    elif isinstance(value, Tensor):
+        module.register_buffer(leaf, value, persistent=persistent)
+    else:
+        setattr(module, leaf, value)
+
+
+def _set(node: fx.Node, **changes: Any) -> None:
+    """Change arguments of an operation by name."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    for name, value in changes.items():
+        at = names.index(name)
+        if at < len(node.args):
+            node.update_arg(at, value)
+        else:
+            node.update_kwarg(name, value)

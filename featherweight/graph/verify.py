@@ -1,0 +1,202 @@
+"""A narrowed network held against the original with the same slices set to zero.
+
+For almost every operation, a slice that is zero counts for nothing, so that setting it to zero and removing it are
+the same. Of `RESTRICTED` this does not hold; there the reference takes statistics over what was kept, as the narrowed
+network does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from featherweight import batch
+from featherweight.batch import Inputs
+from featherweight.graph.coupling import Coupling
+from featherweight.graph.rewrite import Mask
+from featherweight.graph.rules import operation_of
+from featherweight.graph.rules.reduction import statistic
+from featherweight.graph.trace import quiet
+
+# Operations for which masking is not removal, with what the reference does instead.
+RESTRICTED = {
+    "layer_norm": "statistics over what was kept",
+    "rms_norm": "statistics over what was kept",
+    "group_norm": "statistics over what was kept of every group",
+    "mean": "of squares on the way to a root (a norm written out): over what was kept; of anything else, zeros count",
+    "_weight_norm": "a removed row is 0, not 0 / 0",
+}
+
+
+class Masked(fx.Interpreter):
+    """The original's graph, run with the removed slices of its parameters set to zero.
+
+    Args:
+        coupling: the graph and its labels.
+        lost: by label, whether it goes.
+        double: whether to compute in float64, whatever the model's type.
+    """
+
+    def __init__(self, coupling: Coupling, lost: Mask, *, double: bool) -> None:
+        super().__init__(coupling.analysis.trace.graph, garbage_collect_values=True)
+        self._coupling, self._lost, self._double = coupling, lost, double
+        self._masked: dict[str, Tensor] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor, with removed slices of zeros."""
+        value = super().get_attr(target, args, kwargs)
+        name = self._coupling.analysis.trace.names.get(target)
+        if name is None:
+            return value
+        if name not in self._masked:
+            value = value.detach()
+            wide = self._double and value.is_floating_point()
+            value = value.to(torch.float64 if wide else value.dtype, copy=True)  # the tensor is the model's own
+            if value.is_floating_point() or value.is_complex():
+                for d, axis in enumerate(self._coupling.analysis.tensors.get(name, ())):
+                    gone = torch.from_numpy(~self._coupling.stays(axis.rows, self._lost))
+                    if gone.any():
+                        value.index_fill_(d, gone.nonzero().reshape(-1).to(value.device), 0)
+            self._masked[name] = value
+        return self._masked[name]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One operation, with those of `RESTRICTED` as the narrowed network computes them."""
+        if n.op != "call_function" or operation_of(n) not in RESTRICTED:
+            if n.op == "call_function" and operation_of(n) == "_assert_tensor_metadata":
+                return None
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if self._double:
+            args, kwargs = widened((args, kwargs))
+        if operation_of(n) == "_weight_norm":
+            return torch.nan_to_num(n.target(*args, **kwargs), nan=0.0)  # type: ignore[operator]
+        return self._over_kept(n, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """One operation, in float64 where asked."""
+        if self._double:
+            args, kwargs = widened((args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def _over_kept(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """A norm over what was kept, with zeros where slices went."""
+        operation = operation_of(node)
+        x = args[0]
+        axes = self._coupling.analysis.values[node.args[0]]  # type: ignore[index]
+        assert isinstance(axes, tuple)
+        if operation == "mean" and not statistic(node):
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if operation == "group_norm":
+            dims = [1]
+        elif operation == "mean":
+            given = args[1] if len(args) > 1 else kwargs.get("dim")
+            dims = [d % x.ndim for d in given] if given else list(range(x.ndim))
+        else:
+            dims = list(range(x.ndim - len(args[1]), x.ndim))
+        kept = {d: self._coupling.stays(axes[d].rows, self._lost) for d in dims}
+        narrow = {d: torch.from_numpy(stays).nonzero().reshape(-1) for d, stays in kept.items() if not stays.all()}
+        if not narrow:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        rest = list(args[1:])
+        for d, indices in narrow.items():
+            x = x.index_select(d, indices)
+            for i, other in enumerate(rest):
+                if isinstance(other, Tensor):  # scale and shift, whose dimensions are the last ones, or the channels
+                    rest[i] = other.index_select(0 if operation == "group_norm" else d - dims[0], indices)
+        if operation in ("layer_norm", "rms_norm"):
+            rest[0] = list(x.shape[dims[0] :])
+        made = node.target(x, *rest, **kwargs)  # type: ignore[operator]
+        if operation == "mean":
+            return made
+        for d, indices in reversed(narrow.items()):
+            shape = list(made.shape)
+            shape[d] = len(kept[d])
+            made = made.new_zeros(shape).index_copy(d, indices, made)
+        return made
+
+
+def widened(value: Any) -> Any:
+    """float32 and narrower types in an operation's arguments as float64."""
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+
+    def one(leaf: Any) -> Any:
+        return torch.float64 if isinstance(leaf, torch.dtype) and leaf in narrow else leaf
+
+    return pytree.tree_map(one, value)
+
+
+def answers(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Every floating-point tensor in a module's answer."""
+    with torch.no_grad(), batch.plain_attention():
+        return [t for t in batch.tensors_in(inputs.into(module)) if t.is_floating_point()]
+
+
+def masked_answers(coupling: Coupling, lost: Mask, inputs: Inputs, *, double: bool) -> list[Tensor]:
+    """What the original answers with the lost slices set to zero."""
+    graph = coupling.analysis.trace.graph
+    flat = graph.graph._codegen.process_inputs(*inputs.args, **inputs.kwargs)
+    with torch.no_grad(), batch.plain_attention():
+        made = Masked(coupling, lost, double=double).run(*flat, enable_io_processing=False)
+    made = graph.graph._codegen.process_outputs(made)
+    return [t for t in batch.tensors_in(made) if t.is_floating_point()]
+
+
+def distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """The largest difference of two answers, relative to the second's largest value; infinite if shapes differ."""
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if not a.numel():
+            continue
+        a, b = a.detach().double(), b.detach().double()
+        difference = torch.where(a == b, 0.0, (a - b).abs())  # the same infinity is no difference
+        error = float(difference.max() / (b.nan_to_num(0, 0, 0).abs().max() + 1e-30))
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def random_like(inputs: Inputs, seed: int, *, dynamic: bool, double: bool) -> Inputs:
+    """Random inputs of the example's shapes; where the batch may have any size, of two samples more."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = inputs.batch_size
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if dynamic and value.ndim and value.shape[0] == samples:
+            value = torch.cat([value, value[:1], value[:1]])
+        if value.is_floating_point():
+            made = torch.randn(value.shape, generator=generator).to(value.device)
+            return made.double() if double else made.to(value.dtype)
+        if value.dtype == torch.bool or not value.numel() or value.is_complex():
+            return value
+        low, high = int(value.min()), int(value.max())
+        return torch.randint(low, high + 1, value.shape, generator=generator).to(value)
+
+    args, kwargs = pytree.tree_map(drawn, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(args, kwargs)
+
+
+def in_double(module: nn.Module) -> nn.Module:
+    """A copy of a module in float64; of a captured graph, the types written in it too."""
+    with quiet():
+        made = copy.deepcopy(module).double()
+    if isinstance(made, fx.GraphModule):
+        for node in made.graph.nodes:
+            node.args, node.kwargs = widened((node.args, node.kwargs))
+        made.recompile()
+    return made
+
+
+def restrict_note(coupling: Coupling) -> Mapping[str, str]:
+    """Of the operations for which masking is not removal, those that this network has."""
+    graph = coupling.analysis.trace.graph.graph
+    present = {operation_of(node) for node in graph.nodes if node.op == "call_function"}
+    return {name: note for name, note in RESTRICTED.items() if name in present}

@@ -1,0 +1,138 @@
+"""Every rule alone: a network with one hazard, narrowed by half, answers as the eager original with zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, assert_equals_masked, conv, example, half, head, randomised
+from torch import nn
+
+from featherweight.graph import couple, narrow
+
+
+@pytest.mark.parametrize("name", CONSTRUCTS)
+def test_a_construct_narrowed_answers_as_masked(name):
+    build, shape, layers = CONSTRUCTS[name]
+    model, coupling, narrowed = half(build(), shape)
+    assert coupling.unknown == ()
+    assert {site.layer for group in coupling.groups for site in group.producers()} | {""} == layers | {""}
+    assert_equals_masked(model, example(shape), narrowed)
+    fewer = sum(p.numel() for p in narrowed.module.parameters()) / sum(p.numel() for p in model.parameters())
+    assert fewer < 0.75
+
+
+@pytest.mark.parametrize(
+    "name", ["channel shuffle", "fused attention", "parts by slices", "a constant index", "recurrent"]
+)
+def test_both_forms_are_the_same_network(name):
+    build, shape, _ = CONSTRUCTS[name]
+    model, coupling, narrowed = half(build(), shape)
+    graph = narrow(model, coupling, narrowed.narrowing.kept, form="graph")
+    x = example(shape, seed=3).args[0]
+    assert torch.allclose(graph.module(x), narrowed.module(x), rtol=1e-9, atol=1e-12)
+
+
+FREEZING = {
+    "softmax": (lambda s, x: head(s, s.a(x).softmax(1)), "softmax runs along it"),
+    "argmax": (lambda s, x: s.fc((y := s.a(x)).mean((2, 3)) + y.argmax(1).double().mean()), "argmax runs along it"),
+    "response norm": (lambda s, x: head(s, F.local_response_norm(s.a(x), 3)), ""),
+    "sort": (lambda s, x: head(s, s.a(x).sort(1)[0]), "sort runs along it"),
+    "a slice with a step": (lambda s, x: head(s, s.a(x)[:, ::2].repeat_interleave(2, 1)),
+        "every so many are taken of it"),
+    "a computed index": (
+        lambda s, x: head(s, s.a(x).gather(1, torch.zeros_like(s.a(x)).long())), "an index reads it"),
+    "an operation without a rule": (lambda s, x: head(s, s.a(x).renorm(2, 1, 1.0)),
+        "no rule covers aten.renorm.default"),
+    "a gate summed over channels": (
+        lambda s, x: s.b(s.a(x).sigmoid().sum(1, keepdim=True)),
+        "a sum over slices that are not zero where their weights are"),
+    "division by what may be zero": (
+        lambda s, x: head(s, (y := s.a(x)) / y.mean((2, 3), keepdim=True)), "division by a slice that is zero"),
+    "the output": (lambda s, x: s.a(x), "it is the network's output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FREEZING)
+def test_what_cannot_go_is_listed_with_its_reason(name):
+    forward, reason = FREEZING[name]
+    model = randomised(Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(1, 1, 1), fc=nn.Linear(8, 3)))
+    coupling = couple(model, example(IMAGE))
+    assert not coupling.groups
+    assert reason in str(coupling.frozen["a.weight", 0])
+
+
+def test_a_reason_names_the_line_and_the_module():
+    class Sorted(nn.Module):
+        def forward(self, x):
+            return x.sort(1)[0]
+
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), Sorted(), nn.Conv2d(8, 2, 1)))
+    assert str(couple(model, example(IMAGE)).frozen["0.weight", 0]).endswith("in 1)")
+    assert "test_rules.py:" in str(couple(model, example(IMAGE)).frozen["0.weight", 0])
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8)], ids=["layer norm", "rms norm"])
+def test_norms_take_statistics_over_what_is_kept(norm):
+    model = randomised(nn.Sequential(nn.Linear(10, 8), norm, nn.Linear(8, 3)))
+    coupling = couple(model, example(TOKENS))
+    narrowed = narrow(model, coupling, {"0 neurons": [0, 3, 4]})
+    x = example(TOKENS).args[0]
+    middle = model[0](x)[..., [0, 3, 4]]
+    settings = {"weight": norm.weight[[0, 3, 4]], "eps": norm.eps}
+    if isinstance(norm, nn.LayerNorm):
+        middle = F.layer_norm(middle, (3,), bias=norm.bias[[0, 3, 4]], **settings)
+    else:
+        middle = F.rms_norm(middle, (3,), **settings)
+    expected = middle @ model[2].weight[:, [0, 3, 4]].T + model[2].bias
+    assert torch.allclose(narrowed.module(x), expected, rtol=1e-9)
+    assert narrowed.narrowing.form == "module"
+
+
+def test_a_group_norm_keeps_as_many_channels_in_every_group():
+    model, coupling, narrowed = half(
+        Net(lambda s, x: head(s, s.c(s.norm(s.a(x)))), a=nn.Conv2d(3, 12, 3), norm=nn.GroupNorm(3, 12), c=conv(12, 8),
+            fc=nn.Linear(8, 3)), IMAGE)  # fmt: skip
+    group = coupling.group("a channels")
+    assert (group.size, group.granularity) == (4, 3)
+    kept = narrowed.narrowing.kept["a channels"]
+    assert narrowed.module.a.weight.shape[0] == narrowed.module.norm.num_channels == 3 * len(kept)
+    x = example(IMAGE).args[0]
+    channels = [4 * g + i for g in range(3) for i in kept]
+    middle = F.group_norm(model.a(x)[:, channels], 3, model.norm.weight[channels], model.norm.bias[channels])
+    assert torch.allclose(narrowed.module.norm(narrowed.module.a(x)), middle, rtol=1e-9)
+
+
+def test_attention_with_fewer_dims_keeps_its_temperature():
+    build, shape, _ = CONSTRUCTS["fused attention"]
+    model = randomised(build())
+    coupling = couple(model, example(shape))
+    dims = next(group for group in coupling.groups if group.kind == "head dims")
+    narrowed = narrow(model, coupling, {dims.name: range(3)})
+    assert narrowed.narrowing.form == "graph"
+    assert_equals_masked(model, example(shape), narrowed)
+
+
+def test_whole_heads_go_in_module_form():
+    build, shape, _ = CONSTRUCTS["fused attention"]
+    model = randomised(build())
+    model._forward = None
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.heads = nn.Linear(24, 72), nn.Linear(24, 24), 4
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = self.qkv(x).reshape(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1))
+
+    model = randomised(nn.Sequential(nn.Linear(10, 24), Attention(), nn.Linear(24, 3)))
+    coupling = couple(model, example(shape))
+    heads = next(group for group in coupling.groups if group.kind == "heads")
+    assert (heads.size, heads.granularity) == (4, 18)
+    narrowed = narrow(model, coupling, {heads.name: [1, 3]})
+    assert narrowed.narrowing.form == "module"
+    assert narrowed.narrowing.attributes["1"] == {"heads": 2}
+    assert_equals_masked(model, example(shape), narrowed)
