@@ -89,14 +89,14 @@ def check(model: nn.Module) -> None:
             raise ArtifactError(f"the model's state holds {name!r}, a {type(value).__name__}: only tensors are stored")
 
 
-def load(path: Where, into: nn.Module) -> tuple[list[Edit], Ledger, dict[str, Any]]:
-    """Give a freshly made model the file's form and values, in place.
+def load(path: Where, into: nn.Module) -> tuple[nn.Module, list[Edit], Ledger, dict[str, Any]]:
+    """A freshly made model in the file's form and with its values.
 
     Args:
         path: a file that `save` wrote.
-        into: a model as it was before compression; its values do not matter.
+        into: a model as it was before compression; its values do not matter. It is changed in place where it can be.
     Returns:
-        The edits, the ledger, and the sketch of an example.
+        The model, the edits, the ledger, and the sketch of an example.
     Raises:
         ArtifactError: the file is missing, foreign, newer, truncated or damaged, or is another model's.
     """
@@ -106,13 +106,13 @@ def load(path: Where, into: nn.Module) -> tuple[list[Edit], Ledger, dict[str, An
     ledger = Ledger.from_json(_unpacked(metadata["ledger"]))
     done = [editing.from_json(data) for data in json.loads(metadata["edits"])]
     try:
-        editing.replay(into, done)
+        model = editing.replay(into, done)
     except EditError as error:
         raise ArtifactError(f"{path} is not a {type(into).__name__}'s: {error}") from error
     state = {**tensors, **{name: tensors[source] for name, source in json.loads(metadata["same"]).items()}}
-    _check_fit(path, into, state)
-    into.load_state_dict(state)
-    return done, ledger, json.loads(metadata["example"])
+    _check_fit(path, model, state)
+    model.load_state_dict(state)
+    return model, done, ledger, json.loads(metadata["example"])
 
 
 def read(path: Where) -> tuple[dict[str, str], dict[str, Tensor]]:

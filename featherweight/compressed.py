@@ -134,8 +134,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> Compressed:
     Raises:
         ArtifactError: the file is missing, foreign, newer, truncated or damaged, or is another model's.
     """
-    model = copy.deepcopy(into)
-    edits, ledger, example = artifact.load(path, model)
+    model, edits, ledger, example = artifact.load(path, copy.deepcopy(into))
     return Compressed(model.eval(), edits, ledger, sketched(example))
 
 

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from featherweight.errors import ArtifactError, EditError, did_you_mean
 from featherweight.forms import Form
+from featherweight.graph import GraphError, Narrowing
 
 
 class Edit(ABC):
     """One change of a network's form, as data. Values travel in the state dict, not in the edit's JSON."""
 
     @abstractmethod
-    def apply(self, model: nn.Module) -> None:
-        """Make the change, in place.
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Make the change, and return the changed model: the same one, changed in place, wherever that can be done.
 
         Raises:
             EditError: the edit does not fit this model.
@@ -47,7 +48,7 @@ class Replace(Edit):
     form: Form
     values: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module) -> nn.Module:
         layer = find(model, self.layer)
         if getattr(layer, "is_form", False):
             raise EditError(f"{self.layer!r} is a {type(layer).__name__} already: it was replaced before")
@@ -58,6 +59,7 @@ class Replace(Edit):
             except RuntimeError as error:
                 raise EditError(f"the values for {self.layer!r} are not those of {self.form}: {error}") from error
         put(model, layer, replacement)
+        return model
 
     def describe(self) -> str:
         return f"{self.layer}: {self.form}"
@@ -78,14 +80,38 @@ class Leave(Edit):
     layer: str
     reason: str
 
-    def apply(self, model: nn.Module) -> None:
-        pass
+    def apply(self, model: nn.Module) -> nn.Module:
+        return model
 
     def describe(self) -> str:
         return f"{self.layer}: left as it is ({self.reason})"
 
     def to_json(self) -> dict[str, Any]:
         return {"edit": "Leave", "layer": self.layer, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Narrow(Edit):
+    """Take slices that go together out of every tensor they lie in.
+
+    Attributes:
+        narrowing: what goes, where, and in which form the narrowed model is kept.
+    """
+
+    narrowing: Narrowing
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        try:
+            return self.narrowing.apply(model)
+        except GraphError as error:
+            raise EditError(str(error)) from error
+
+    def describe(self) -> str:
+        form = "" if self.narrowing.form == "module" else f", as a graph: {self.narrowing.why}"
+        return f"{len(self.narrowing.kept)} groups narrowed{form}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edit": "Narrow", "narrowing": self.narrowing.to_json()}
 
 
 def from_json(data: Mapping[str, Any]) -> Edit:
@@ -99,13 +125,16 @@ def from_json(data: Mapping[str, Any]) -> Edit:
             return Replace(layer, Form.from_json(form))
         case {"edit": "Leave", "layer": str(layer), "reason": str(reason), **rest} if not rest:
             return Leave(layer, reason)
+        case {"edit": "Narrow", "narrowing": Mapping() as narrowing, **rest} if not rest:
+            return Narrow(Narrowing.from_json(narrowing))
     raise ArtifactError(f"this is not an edit that this version knows: {dict(data)}")
 
 
-def replay(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Give a model, in place, the form that the edits made of its like; its values are loaded afterwards."""
+def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
+    """A model in the form that the edits made of its like, changed in place where it can be; values come afterwards."""
     for edit in edits:
-        edit.apply(model)
+        model = edit.apply(model)
+    return model
 
 
 def find(model: nn.Module, name: str) -> nn.Module:

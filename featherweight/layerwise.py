@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from featherweight.cost.cost import Cost
@@ -23,8 +22,8 @@ from featherweight.edits import Edit, Leave, Replace
 from featherweight.errors import RecipeError, TaskError, did_you_mean
 from featherweight.forms import Form, Layer, is_layer
 from featherweight.layers import PerLayer, for_layer, layer_names, obstacles, unmatched, weighted_layers
-from featherweight.ledger import Choice, Point
-from featherweight.mend import reestimate_batch_norm
+from featherweight.ledger import Choice, Point, Snapshot
+from featherweight.mend import MENDING_SAMPLES, finetune, reestimate_batch_norm
 from featherweight.progress import track
 from featherweight.score import Divergence
 from featherweight.search.budget import Budget
@@ -33,6 +32,7 @@ from featherweight.search.greedy import Greedy
 from featherweight.search.optimal import Optimal, check, rounded_up
 from featherweight.search.options import Choosing, Option, Plan, Selector, Table
 from featherweight.search.replay import Replay
+from featherweight.snapshot import repriced
 from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
@@ -40,10 +40,6 @@ from featherweight.task import Task, fingerprint
 Made = TypeVar("Made")
 
 SELECTORS: Mapping[str, type[Greedy] | type[Optimal]] = {"greedy": Greedy, "optimal": Optimal}
-# Fewer samples than this say too little of a batch norm's mean and variance.
-MENDING_SAMPLES = 32
-# Of activations that runs may hold while they wait at a layer for it to be fitted.
-WAITING_BYTES = 2 << 30
 # Points of a layer's curve that go into the ledger.
 CURVE_POINTS = 40
 
@@ -219,12 +215,12 @@ class Layerwise(Step):
         elif self.budget is not None:
             check(bench.prices, self.budget)
 
-    def planned(self, study: Study) -> Mapping[str, Cost]:
-        """What `edits` would choose, into the study's notes and findings; returns what replaced layers would cost."""
+    def planned(self, study: Study, before: Snapshot) -> Snapshot:
         bench = self._bench(study)
         choosing = self.choose(bench)
         bench.record(choosing)
-        return {name: bench.table.find(name, form).cost for name, form in choosing.plan.layers.items()}
+        costs = {name: bench.table.find(name, form).cost for name, form in choosing.plan.layers.items()}
+        return repriced(before, costs)
 
     def _bench(self, study: Study) -> _Bench:
         """The one bench of this step and study."""
@@ -394,11 +390,9 @@ class _Bench:
 
     def _lockstep(self, model: nn.Module) -> Lockstep:
         """The original and the model side by side on the calibration data."""
-        batches = list(my_share(self.study.task.batches(model, self.step.samples)))
-        profile, example = self.study.profile, self.study.task.inputs()
-        largest = max((inputs.batch_size for inputs in batches), default=1)
-        waiting = max(1, profile.peak_activation_bytes * largest // example.batch_size)
-        return Lockstep(self.study.original, model, batches, limit=WAITING_BYTES // (2 * waiting))
+        batches = my_share(self.study.task.batches(model, self.step.samples))
+        each = self.study.profile.peak_activation_bytes / self.study.task.inputs().batch_size
+        return Lockstep(self.study.original, model, batches, sample_bytes=each)
 
     def _seen(self, name: str, lockstep: Lockstep | None) -> Statistics | None:
         """A layer's statistics as the model is now: of its inputs after the layers already replaced."""
@@ -418,9 +412,10 @@ class _Bench:
             return
         rows = list(self.study.profile.layers)
         behind = set(rows[min(rows.index(name) for name in plan.layers) :])
-        if sum(inputs.batch_size for inputs in task.batches(model, samples)) < MENDING_SAMPLES:
+        seen = sum(inputs.batch_size for inputs in task.batches(model, samples))
+        if seen < MENDING_SAMPLES:
             return
-        if lockstep is None:
+        if lockstep is None or lockstep.samples < seen:  # one process of several sees its share only
             divergence, before = Divergence(self.study.original, task, samples), None
         else:
             original, changed = lockstep.answers()
@@ -470,20 +465,3 @@ def _made(kind: type[Made], settings: Mapping[str, Any]) -> Made:
     if unknown := [f"{kind.__name__} has no {k!r}{did_you_mean(str(k), known)}" for k in settings if k not in known]:
         raise RecipeError(unknown)
     return kind(**settings)
-
-
-def finetune(model: nn.Module, task: Task, epochs: float) -> None:
-    """Train the model in place with the task's own function.
-
-    Raises:
-        TaskError: train raised, or left values that are not finite.
-    """
-    assert task.train is not None
-    try:
-        task.train(model, epochs)
-    except TaskError:
-        raise
-    except Exception as error:
-        raise TaskError(f"train(model, {epochs}) raised {type(error).__name__}: {error}") from error
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise TaskError(f"train(model, {epochs}) left NaN or infinite weights: lower its learning rate")

@@ -1,4 +1,4 @@
-"""Values put right without training, after a change of form: batch-norm statistics and biases."""
+"""Values put right after a change of form: batch-norm statistics, biases, and by training all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.batch import Inputs, mode
 from featherweight.curvature.gram import Statistics
+from featherweight.errors import TaskError
 from featherweight.progress import track
+from featherweight.task import Task
+
+# Fewer samples than this say too little of a batch norm's mean and variance.
+MENDING_SAMPLES = 32
 
 
 def reestimate_batch_norm(
@@ -88,3 +93,20 @@ def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: S
     else:
         then = bias + (weight.double().reshape(groups, -1, width) @ statistics.mean.double()[..., None]).flatten()
     return (then - now).to(bias.dtype)
+
+
+def finetune(model: nn.Module, task: Task, epochs: float) -> None:
+    """Train the model in place with the task's own function.
+
+    Raises:
+        TaskError: train raised, or left values that are not finite.
+    """
+    assert task.train is not None
+    try:
+        task.train(model, epochs)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"train(model, {epochs}) raised {type(error).__name__}: {error}") from error
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise TaskError(f"train(model, {epochs}) left NaN or infinite weights: lower its learning rate")

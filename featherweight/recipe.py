@@ -39,15 +39,14 @@ from featherweight.errors import (
 )
 from featherweight.export.program import draft
 from featherweight.files import read_text
-from featherweight.layerwise import Layerwise
 from featherweight.ledger import Entry, Ledger, machine
 from featherweight.score import Scorer
-from featherweight.snapshot import of_profile, repriced
+from featherweight.snapshot import of_profile
 from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
 
-VERBS = ("factorize",)
+VERBS = ("factorize", "prune")
 
 
 @dataclass(frozen=True, init=False)
@@ -111,12 +110,10 @@ class Recipe:
         before = of_profile(run.profile, None)
         for step in self.steps:
             begun, study = time.monotonic(), run.study()
-            after = before
-            if isinstance(step, Layerwise):
-                after = repriced(before, step.planned(study))
-            else:
+            after = step.planned(study, before)
+            if after is None:
                 study.notes.append(f"{step.name} chooses nothing beforehand")
-            run.add(step, (), study, before, after, time.monotonic() - begun)
+            run.add(step, (), study, before, after or before, time.monotonic() - begun)
         return run.ledger
 
     def run(
@@ -317,7 +314,7 @@ class _Run:
         if self.folder is not None:
             artifact.check(self.model)
         following = self.recipe.steps[len(self.ledger.steps) :]
-        if following and isinstance(following[0], Layerwise):
+        if following:
             self._checked = self.study()
             following[0].check(self._checked)
 
@@ -333,7 +330,7 @@ class _Run:
         before = of_profile(self.profile, score)
         done: list[Edit] = []
         for edit in step.edits(study):
-            edit.apply(self.model)
+            self.model = study.model = edit.apply(self.model)
             done.append(edit)
         changes = [edit for edit in done if not isinstance(edit, Leave)]
         after_score = self.scorer(self.model) if changes else score
@@ -401,9 +398,9 @@ class _Run:
             state = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             finished = min(int(state["steps"]), len(self.recipe.steps))
             if state["identity"] == self._identity(finished):
-                kept = copy.deepcopy(self.model)
-                self.edits, self.ledger, _ = load_artifact(self.folder / f"step-{finished}.fw", kept)
-                self.model, self.profile = kept, profile(kept, self.task.inputs())
+                kept = load_artifact(self.folder / f"step-{finished}.fw", copy.deepcopy(self.model))
+                self.model, self.edits, self.ledger, _ = kept
+                self.profile = profile(self.model, self.task.inputs())
                 return self.ledger.after.score
         return None
 

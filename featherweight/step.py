@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from featherweight.edits import Edit
+from featherweight.ledger import Snapshot
 from featherweight.settings import mistyped
 from featherweight.study import Study
 from featherweight.task import Task
@@ -49,6 +50,26 @@ class Step(ABC):
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         """All that keeps the step from running on this model, a sentence each; looked at before anything slow."""
         return mistyped(self)
+
+    def check(self, study: Study) -> None:  # noqa: B027 - most steps have nothing to look at
+        """Look at what is only known of the model as it is when the step begins, before anything slow.
+
+        Args:
+            study: of the model; what is found out may be left in ``study.worked_out``.
+        Raises:
+            FeatherweightError: the step cannot be carried out.
+        """
+
+    def planned(self, study: Study, before: Snapshot) -> Snapshot | None:
+        """Choose as `edits` would, into the study's notes and findings, and change nothing.
+
+        Args:
+            study: of the model.
+            before: the model as it is.
+        Returns:
+            What the model would cost; None for a step that chooses nothing beforehand.
+        """
+        return None
 
     def settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, as JSON-ready data."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +47,11 @@ class Study:
     notes: list[str] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
     worked_out: dict[str, Any] = field(default_factory=dict)
+
+    def again(self) -> Study:
+        """A study of the model as it has become, for a step that works in rounds; notes and findings go on."""
+        reference = copy.deepcopy(self.model)
+        return replace(self, original=reference, worked_out={})
 
     @cached_property
     def profile(self) -> Profile:

@@ -60,6 +60,57 @@ class Transformer(nn.Module):
         return torch.randint(0, 11, (samples, 6), generator=torch.Generator().manual_seed(5))
 
 
+class Attention(nn.Module):
+    """Attention with six heads beside a shortcut, then a classifier: (samples, 5, 8) → (samples, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 6
+        self.embed = nn.Linear(8, 16)
+        self.norm = nn.LayerNorm(16)
+        self.inward = nn.Linear(16, 3 * 48)
+        self.outward = nn.Linear(48, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, t, _ = x.shape
+        q, k, v = self.inward(self.norm(x)).reshape(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        seen = (q @ k.transpose(2, 3) / 8**0.5).softmax(-1) @ v
+        return self.head((x + self.outward(seen.transpose(1, 2).reshape(b, t, -1))).mean(1))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return torch.randn(samples, 5, 8, generator=torch.Generator().manual_seed(5))
+
+
+class Stacked(nn.Module):
+    """Blocks with a shortcut each between a stem and a classifier: (samples, 4) → (samples, 3)."""
+
+    class Block(nn.Module):
+        """x + f(x)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.branch(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.blocks = nn.Sequential(*(self.Block() for _ in range(6)))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return torch.randn(samples, 4, generator=torch.Generator().manual_seed(6))
+
+
 class Temporal(nn.Module):
     """Convolutions in time, one grouped and one dilated, no classifier: (samples, 4, 20) → (samples, 6, 10)."""
 
@@ -141,4 +192,10 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, its[name]), name
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"residual": Residual, "transformer": Transformer, "temporal": Temporal}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "residual": Residual,
+    "transformer": Transformer,
+    "attention": Attention,
+    "temporal": Temporal,
+    "stacked": Stacked,
+}

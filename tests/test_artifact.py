@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import featherweight as fw
-from featherweight import artifact, factorize
+from featherweight import artifact, factorize, prune
 from featherweight.edits import Replace
 from featherweight.errors import ArtifactError
 from featherweight.forms import LowRank
@@ -195,6 +195,38 @@ def test_a_compressed_model_cannot_be_loaded_into_twice(tmp_path):
     path.write_bytes(whole_file())
     with pytest.raises(ArtifactError, match="'second' is a LinearPair already"):
         fw.load(path, into=loaded(path).model)
+
+
+class Written(Mixed):
+    """`Mixed` with a width written into its forward: only a captured graph can be narrower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)).view(-1, 24))))
+
+
+class Slim(Mixed):
+    """`Mixed` with fewer neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 9), nn.Linear(9, 9), nn.Linear(9, 4)
+
+
+@pytest.mark.parametrize("kind", [Mixed, Written], ids=lambda kind: kind.__name__)
+def test_a_narrowed_model_is_loaded_into_its_like_and_into_no_other(tmp_path, kind):
+    path, model = tmp_path / "small.fw", make(kind)
+    small = fw.compress(model, prune.Neurons(ratio=0.5), task=task_of(model, 16))
+    small.save(path)
+    given = make(kind, seed=1)
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    found = fw.load(path, into=given)
+    assert_same_state(found.model, small.model)
+    assert torch.equal(found.model(Mixed.data(5)), small.model(Mixed.data(5)))
+    assert isinstance(found.model, Mixed) == (kind is Mixed)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.state_dict().items())
+    for other in (make(Residual), make(Slim), found.model, make(kind).double()):
+        with pytest.raises(ArtifactError, match=r"small\.fw (is not a|does not fit this) "):
+            fw.load(path, into=other)
 
 
 def test_loading_leaves_the_model_given_as_it_is(tmp_path):

@@ -11,7 +11,7 @@ from networks import Mixed, Residual, Transformer, assert_same_state, make, task
 from torch import nn
 
 import featherweight as fw
-from featherweight import factorize
+from featherweight import factorize, prune
 from featherweight.errors import ExportError
 from featherweight.forms import LowRank
 from featherweight.search.options import Plan
@@ -48,6 +48,20 @@ def test_a_loaded_model_can_be_saved_planned_and_exported_again(small, tmp_path)
     check = again.export("torch_export", tmp_path / "again.pt2")
     assert check.difference < 1e-5
     assert again.ledger.checks == (check,)
+
+
+def test_a_narrowed_model_has_no_plan_and_is_loaded_timed_and_reported_like_any_other(tmp_path):
+    model = make(Residual)
+    narrow = fw.compress(model, prune.Channels(ratio=0.5), task=task_of(model))
+    assert narrow.plan.layers == {}
+    narrow.save(tmp_path / "small.fw")
+    loaded = fw.load(tmp_path / "small.fw", into=make(Residual, seed=2))
+    assert_same_state(loaded.model, narrow.model)
+    assert loaded.example.into(loaded.model).shape == (1, 7)
+    assert [timing.network for timing in loaded.time(model, runtimes=("torch",), repeats=2)] == ["before", "after"]
+    assert "prune.Channels" in str(loaded)
+    loaded.save(tmp_path / "again.fw")
+    assert_same_state(fw.load(tmp_path / "again.fw", into=make(Residual, seed=3)).model, narrow.model)
 
 
 @pytest.mark.parametrize("kind", [Residual, Transformer], ids=lambda kind: kind.__name__)

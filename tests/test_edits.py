@@ -10,9 +10,11 @@ from networks import Mixed, Temporal, make
 from torch import nn
 
 from featherweight import edits as editing
-from featherweight.edits import Leave, Replace
+from featherweight.batch import as_inputs
+from featherweight.edits import Leave, Narrow, Replace
 from featherweight.errors import ArtifactError, EditError
 from featherweight.forms import LinearPair, LowRank, Separable
+from featherweight.graph import Narrowing, couple, narrow
 
 
 def test_a_replaced_layer_has_the_values_given():
@@ -97,3 +99,71 @@ def test_values_of_another_rank_are_refused_and_the_layer_stays():
     with pytest.raises(EditError, match=r"'second'.*rank 2"):
         Replace("second", LowRank(2), {"first.weight": torch.ones(1, 24)}).apply(model)
     assert model.second is layer
+
+
+class Written(Mixed):
+    """`Mixed` with a width written into its forward: only a captured graph can be narrower."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)).view(-1, 24))))
+
+
+def narrowing(model: nn.Module) -> Narrowing:
+    """Every third neuron of both hidden layers."""
+    coupling = couple(model, as_inputs(Mixed.data(2)))
+    return narrow(model, coupling, {group.name: range(0, group.size, 3) for group in coupling.groups}).narrowing
+
+
+@pytest.mark.parametrize("kind", [Mixed, Written], ids=lambda kind: kind.__name__)
+def test_a_narrowed_model_has_the_values_of_what_stays_and_the_model_itself_is_as_it_was(kind):
+    model = make(kind)
+    edit = Narrow(narrowing(model))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    narrowed = edit.apply(model)
+    assert narrowed is not model
+    assert isinstance(narrowed, kind) == (kind is Mixed)
+    assert torch.equal(narrowed.get_parameter("second.weight"), model.second.weight[::3, ::3])
+    assert torch.equal(narrowed.get_parameter("head.bias"), model.head.bias)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Mixed, Written], ids=lambda kind: kind.__name__)
+def test_a_narrowing_survives_json_and_is_replayed_on_a_fresh_model(kind):
+    model = make(kind)
+    edit = Narrow(narrowing(model))
+    again = editing.from_json(json.loads(json.dumps(edit.to_json())))
+    assert again == edit
+    narrowed = edit.apply(model)
+    fresh = editing.replay(make(kind, seed=1), [again, Leave("head", "because")])
+    fresh.load_state_dict(narrowed.state_dict())
+    x = Mixed.data(5)
+    assert torch.equal(fresh(x), narrowed(x))
+
+
+def test_a_narrowing_says_its_groups_and_why_it_is_a_graph():
+    assert Narrow(narrowing(make(Mixed))).describe() == "2 groups narrowed"
+    said = Narrow(narrowing(make(Written))).describe()
+    assert said.startswith("2 groups narrowed, as a graph: its code has sizes written into it")
+
+
+@pytest.mark.parametrize("kind", [Mixed, Written], ids=lambda kind: kind.__name__)
+def test_a_narrowing_of_another_model_is_refused(kind):
+    edit = Narrow(narrowing(make(kind)))
+    for other in (make(Temporal), nn.Sequential(nn.Linear(12, 4))):
+        with pytest.raises(EditError):
+            edit.apply(other)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"edit": "Narrow"},
+        {"edit": "Narrow", "narrowing": {}},
+        {"edit": "Narrow", "narrowing": {"form": "module"}},
+        {"edit": "Narrow", "narrowing": {}, "layer": "a"},
+    ],
+    ids=str,
+)
+def test_data_that_is_no_narrowing_is_refused(data):
+    with pytest.raises(ArtifactError, match=r"not a narrowing|not an edit"):
+        editing.from_json(data)

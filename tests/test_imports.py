@@ -23,7 +23,7 @@ LAYERS = (
     ("mend", "snapshot", "study"),
     ("search", "step"),
     ("layerwise",),
-    ("factorize",),  # the verb folders
+    ("factorize", "prune"),  # the verb folders
     ("artifact", "export", "report"),
     ("compressed",),
     ("inspection", "recipe"),

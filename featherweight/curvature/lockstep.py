@@ -149,14 +149,25 @@ class Waiting:
 class Lockstep:
     """An original network and a changed one on the same batches, both of which wait at the same layer."""
 
-    def __init__(self, original: nn.Module, changed: nn.Module, batches: Iterable[Inputs], *, limit: int) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        changed: nn.Module,
+        batches: Iterable[Inputs],
+        *,
+        sample_bytes: float = 0.0,
+        memory_limit: int = 2 << 30,
+    ) -> None:
         """Args:
         original: the network before the changes.
         changed: the same network, changed as it goes.
         batches: their inputs, on their device.
-        limit: how many runs of each may wait.
+        sample_bytes: the most bytes of activations that a run holds at once, for each of its samples.
+        memory_limit: bytes of activations that runs may hold while they wait; those beyond are started anew.
         """
         given = list(batches)
+        largest = max((inputs.batch_size for inputs in given), default=1)
+        limit = int(memory_limit // max(1.0, 2 * sample_bytes * largest))
         self.samples = sum(inputs.batch_size for inputs in given)
         self._original = Waiting(original, given, through=True, limit=limit)
         self._changed = Waiting(changed, given, through=False, limit=limit)

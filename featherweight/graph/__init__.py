@@ -2,6 +2,7 @@
 
 from featherweight.graph.coupling import Coupling, Group, Site, couple
 from featherweight.graph.narrow import Narrowed, Narrowing, narrow
+from featherweight.graph.optimizer import narrow_optimizer
 from featherweight.graph.trace import GraphError, Trace, capture
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "capture",
     "couple",
     "narrow",
+    "narrow_optimizer",
 ]

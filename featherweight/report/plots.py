@@ -134,7 +134,8 @@ def curves(shown: Sequence[Curve], across: str, scale: Callable[[Sequence[float]
     width, height = (1040.0 if wide else 510.0), 240.0
     foot = TOP + height
     dots = [dot for curve in shown for dot in (*curve.dots, *([curve.chosen] if curve.chosen else []))]
-    furthest = max((dot.x for dot in dots), default=0.0) or 1.0
+    furthest = max((dot.x for dot in dots), default=0.0)
+    furthest = furthest if furthest > 1e-9 else 1.0  # of what is nearly nothing there are no round numbers
     upright = scale([dot.y for dot in dots] or [1.0])
 
     def x(value: float) -> float:

@@ -20,47 +20,91 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featherweight as fw
 from featherweight import edits as editing
-from featherweight import factorize
+from featherweight import factorize, prune
 from featherweight.batch import as_inputs
 from featherweight.cost.count import profile
-from featherweight.edits import Replace
+from featherweight.edits import Narrow, Replace
 from featherweight.errors import NoEffect
+from featherweight.graph import couple
 from featherweight.layers import layer_names
 from featherweight.layerwise import Layerwise
 from featherweight.ledger import Ledger
+from featherweight.prune.structured import Structured
 from featherweight.recipe import every_step
 from featherweight.step import Step
 
 LAYERWISE: dict[str, dict[str, Any]] = {
     "optimal": {"budget": fw.Budget(macs=0.6)},
     "greedy": {"budget": fw.Budget(params=0.7), "select": fw.Greedy(candidates=4)},
-    "ratio": {"ratio": 0.5},
+    "plain": {"ratio": 0.5},
     "rank": {"rank": 2},
     "without data": {"ratio": 0.5, "data_aware": False},
     "trained": {"ratio": 0.5, "epochs_per_layer": 1, "epochs": 2, "multiple_of": 2},
 }
-# The settings that every step is tested with. What one is tested with says what a user can rely on.
+STRUCTURED: dict[str, dict[str, Any]] = {
+    "optimal": {"budget": fw.Budget(macs=0.6)},
+    "plain": {"ratio": 0.5},
+    "trained": {"ratio": 0.5, "score": "lasso", "epochs": 2, "multiple_of": 2},
+}
+# The settings that every step is tested with. What one is tested with says what a user can rely on. The plain ones
+# stand for all where one run is enough.
 SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
     factorize.SVD: LAYERWISE,
     factorize.SpatialSVD: {**LAYERWISE, "the other axis": {"ratio": 0.5, "axis": 1}},
+    prune.Channels: STRUCTURED,
+    prune.Filters: {"plain": {"ratio": 0.5}},
+    prune.Neurons: {"plain": {"ratio": 0.5}},
+    prune.Blocks: {"plain": {"count": 1}, "optimal": {"budget": fw.Budget(params=0.95)}},
+    prune.Heads: {name: STRUCTURED[name] for name in ("optimal", "plain")},
 }
-# Networks in which a step finds nothing to change, or not in these settings.
-NOTHING_IN = {
-    (factorize.SpatialSVD, None, "transformer"),
-    (factorize.SpatialSVD, "the other axis", "temporal"),
+# The networks that each step is tested on: it finds something to change in all of them.
+MEETS: dict[type[Step], tuple[str, ...]] = {
+    factorize.SVD: ("residual", "transformer", "temporal"),
+    factorize.SpatialSVD: ("residual", "temporal"),
+    prune.Channels: ("residual", "transformer"),
+    prune.Filters: ("temporal",),
+    prune.Neurons: ("transformer",),
+    prune.Blocks: ("stacked",),
+    prune.Heads: ("attention",),
 }
+# But not in these settings.
+NOTHING_IN = {(factorize.SpatialSVD, "the other axis", "temporal")}
 
 CASES = [
     pytest.param(step, settings, network, id=f"{step.__name__}-{settings}-{network}".replace(" ", "_"))
     for step, table in SETTINGS.items()
     for settings in table
-    for network in NETWORKS
-    if not {(step, None, network), (step, settings, network)} & NOTHING_IN
+    for network in MEETS[step]
+    if (step, settings, network) not in NOTHING_IN
+]
+KINDS = [pytest.param(*case.values[::2], id=case.id) for case in CASES if case.values[1] == "plain"]
+BUDGETS = [
+    fw.Budget(macs=0.6),
+    fw.Budget(params=0.5),
+    fw.Budget(bytes=0.7),
+    fw.Budget(energy=0.9),
+    fw.Budget(macs=0.7, params=0.5),
+    fw.Budget(macs=0.5, bytes=0.8),
 ]
 every_case = pytest.mark.parametrize(("step", "settings", "network"), CASES)
-every_kind = pytest.mark.parametrize(
-    ("step", "network"),
-    [pytest.param(*case.values[::2], id=case.id) for case in CASES if case.values[1] == "ratio"],
+every_kind = pytest.mark.parametrize(("step", "network"), KINDS)
+every_layerwise_case = pytest.mark.parametrize(
+    ("step", "settings", "network"), [case for case in CASES if issubclass(case.values[0], Layerwise)]
+)
+every_layerwise_kind = pytest.mark.parametrize(
+    ("step", "network"), [kind for kind in KINDS if issubclass(kind.values[0], Layerwise)]
+)
+every_structured_case = pytest.mark.parametrize(
+    ("step", "settings", "network"), [case for case in CASES if issubclass(case.values[0], Structured)]
+)
+every_budget = pytest.mark.parametrize(
+    ("step", "network", "budget"),
+    [
+        pytest.param(*kind.values, budget, id=f"{kind.id}-{budget}")
+        for kind in KINDS
+        for budget in BUDGETS
+        if issubclass(kind.values[0], Layerwise) or len(budget.costs()) > 1
+    ],
 )
 
 
@@ -107,6 +151,15 @@ def answers(model: nn.Module, network: str) -> torch.Tensor:
         return copy.deepcopy(model).eval()(NETWORKS[network].data(5))
 
 
+def changed(case: Ran) -> set[str]:
+    """The layers that are of another form than before, give fewer outputs, or are gone."""
+    now = dict(case.compressed.model.named_modules())
+    before = {name: case.original.get_submodule(name) for name in layer_names(case.original)}
+    gone = {name for name in before if name not in now}
+    kept = {name: layer for name, layer in before.items() if name in now}
+    return gone | {n for n, m in kept.items() if type(now[n]) is not type(m) or len(now[n].weight) != len(m.weight)}
+
+
 def test_every_step_found_has_settings_to_be_tested_with():
     assert set(every_step().values()) == set(SETTINGS)
 
@@ -130,11 +183,10 @@ def test_the_callers_model_is_untouched(step, settings, network):
 def test_something_was_changed_and_every_layer_accounted_for(step, settings, network):
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
-    changed = {edit["layer"] for edit in entry.edits}
-    assert changed
+    assert entry.edits
     assert entry.after.total.params < entry.before.total.params
-    assert changed | set(entry.left) == set(layer_names(case.original))
-    assert not changed & set(entry.left)
+    assert changed(case) | set(entry.left) >= set(layer_names(case.original))
+    assert not changed(case) & set(entry.left)
     assert all(entry.left.values()), "a layer that stays has a reason"
 
 
@@ -151,7 +203,7 @@ def test_the_same_seed_gives_the_same_result(step, settings, network):
 
 @every_case
 def test_settings_survive_yaml_and_json(step, settings, network):
-    recipe = fw.Recipe(step(**SETTINGS[step][settings]), step(**SETTINGS[step]["ratio"]))
+    recipe = fw.Recipe(step(**SETTINGS[step][settings]), step(**SETTINGS[step]["plain"]))
     assert fw.Recipe.from_yaml(recipe.to_yaml()) == recipe
     # JSON is YAML too.
     items = [{s.name: json.loads(json.dumps(s.settings()))} for s in recipe.steps]
@@ -176,7 +228,7 @@ def test_edits_replayed_on_a_fresh_model_give_the_same_answers(step, settings, n
     case = ran(step, settings, network)
     written = json.loads(json.dumps([edit.to_json() for edit in case.compressed.edits]))
     fresh = make(NETWORKS[network], seed=1)
-    editing.replay(fresh, [editing.from_json(edit) for edit in written])
+    fresh = editing.replay(fresh, [editing.from_json(edit) for edit in written])
     fresh.load_state_dict(case.compressed.model.state_dict())
     assert torch.equal(answers(fresh, network), answers(case.compressed.model, network))
 
@@ -193,10 +245,11 @@ def test_costs_in_the_ledger_are_those_of_the_models(step, settings, network):
             copy.deepcopy(model).eval()(NETWORKS[network].data(1))
         assert 2 * said.total.macs == counter.get_total_flops()
         assert sum(row.params for row in said.layers.values()) == said.total.params
-    assert set(entry.before.layers) == set(entry.after.layers)
+    inside = tuple(f"{edit['layer']}." for edit in entry.edits if "layer" in edit)  # of a block that went as a whole
+    assert {name for name in entry.before.layers if not name.startswith(inside)} <= set(entry.after.layers)
 
 
-@every_case
+@every_layerwise_case
 def test_a_chosen_option_costs_what_the_table_said(step, settings, network):
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
@@ -207,7 +260,29 @@ def test_a_chosen_option_costs_what_the_table_said(step, settings, network):
         assert choice.chosen in choice.curve
 
 
-@every_kind
+@every_structured_case
+def test_a_chosen_width_is_what_the_layers_have(step, settings, network):
+    case = ran(step, settings, network)
+    (entry,) = case.compressed.ledger.steps
+    groups = couple(case.original, as_inputs(NETWORKS[network].data(1))).groups
+    assert set(entry.choices) == {group.name for group in groups if group.kind in step.kinds}
+    (edit,) = case.compressed.edits
+    assert isinstance(edit, Narrow)
+    now = case.compressed.model.state_dict()
+    for group in groups:
+        kept = len(edit.narrowing.kept.get(group.name, range(group.size)))
+        if group.name not in entry.choices:
+            assert kept == group.size
+            continue
+        choice = entry.choices[group.name]
+        assert choice.chosen.setting == ("as it is" if kept == group.size else f"{kept} of {group.size}")
+        assert choice.chosen in choice.curve
+        for site in group.sites:
+            if len(site.indices) == case.original.state_dict()[site.tensor].shape[site.dim]:
+                assert now[site.tensor].shape[site.dim] * group.size == len(site.indices) * kept, site
+
+
+@every_layerwise_kind
 def test_every_option_costs_after_it_is_applied_what_it_said_before(step, network):
     model = make(NETWORKS[network])
     example = as_inputs(NETWORKS[network].data(1))
@@ -238,19 +313,7 @@ def test_the_ledger_survives_json(step, settings, network):
     assert Ledger.from_json(json.loads(written)) == ledger
 
 
-@pytest.mark.parametrize(
-    "budget",
-    [
-        fw.Budget(macs=0.6),
-        fw.Budget(params=0.5),
-        fw.Budget(bytes=0.7),
-        fw.Budget(energy=0.9),
-        fw.Budget(macs=0.7, params=0.5),
-        fw.Budget(macs=0.5, bytes=0.8),
-    ],
-    ids=str,
-)
-@every_kind
+@every_budget
 def test_a_budget_is_met_from_below_and_used_up(step, network, budget):
     model = make(NETWORKS[network])
     task = task_of(model, 16)
@@ -267,12 +330,12 @@ def test_a_budget_is_met_from_below_and_used_up(step, network, budget):
 def test_nothing_to_do_is_said(step, network):
     model = make(NETWORKS[network])
     with pytest.warns(NoEffect, match=f"{step.__name__} changed nothing: .*ignored, as asked"):
-        compressed = fw.compress(model, step(ratio=0.5, ignore=("*",)), task=task_of(model))
+        compressed = fw.compress(model, step(**SETTINGS[step]["plain"], ignore=("*",)), task=task_of(model))
     (entry,) = compressed.ledger.steps
     assert "nothing was changed" in entry.notes
     assert entry.edits == ()
     assert set(entry.left.values()) == {"ignored, as asked"}
-    assert set(entry.left) == set(layer_names(model))
+    assert set(entry.left) >= set(layer_names(model))
     assert entry.before == entry.after
     assert_same_state(compressed.model, model)
 
@@ -281,7 +344,7 @@ def test_nothing_to_do_is_said(step, network):
 def test_a_network_without_any_layer_is_no_mistake(step):
     model = nn.Sequential(nn.ReLU(), nn.Flatten())
     with pytest.warns(NoEffect, match="changed nothing"):
-        compressed = fw.compress(model, step(ratio=0.5), task=fw.Task(torch.randn(1, 3, 4)))
+        compressed = fw.compress(model, step(**SETTINGS[step]["plain"]), task=fw.Task(torch.randn(1, 3, 4)))
     assert compressed.ledger.steps[0].left == {}
 
 
@@ -305,7 +368,8 @@ def test_what_was_frozen_or_in_training_still_is(step, settings, network):
     case = ran(step, settings, network)
     made = dict(case.compressed.model.named_modules())
     for name, module in case.original.named_modules():
-        assert made[name].training == module.training, name
+        if name in made or step is not prune.Blocks:
+            assert made[name].training == module.training, name
     frozen = [name for name, p in case.original.named_parameters() if not p.requires_grad]
     assert frozen == ["last.bias" if network == "temporal" else "head.bias"]
     now_frozen = {name for name, p in case.compressed.model.named_parameters() if not p.requires_grad}
@@ -315,7 +379,7 @@ def test_what_was_frozen_or_in_training_still_is(step, settings, network):
 
 @every_kind
 def test_the_result_can_be_exported_by_torch(step, network):
-    model = copy.deepcopy(ran(step, "ratio", network).compressed.model).eval()
+    model = copy.deepcopy(ran(step, "plain", network).compressed.model).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's own, about its own
         program = torch.export.export(model, (NETWORKS[network].data(3),))
@@ -327,7 +391,7 @@ def test_the_result_can_be_exported_by_torch(step, network):
 def test_type_and_device_stay(step, network, dtype, tmp_path):
     model = make(NETWORKS[network]).to(dtype)
     task = task_of(model, 16)
-    compressed = fw.compress(model, step(ratio=0.6), task=task)
+    compressed = fw.compress(model, step(**SETTINGS[step]["plain"]), task=task)
     floating = [t for t in (*compressed.model.parameters(), *compressed.model.buffers()) if t.is_floating_point()]
     assert {t.dtype for t in floating} == {dtype}
     assert {t.device for t in floating} == {torch.device("cpu")}

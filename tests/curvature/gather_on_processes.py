@@ -49,7 +49,7 @@ def all_statistics() -> dict[str, Statistics]:
     found = {f"five {n}": s for n, s in gather(model, layers, batches(5), gradients=squares, effort=99).items()}
     found |= {f"one {n}": s for n, s in gather(model, layers, batches(1), gradients=squares, effort=99).items()}
     for name, count in (("paired", 5), ("paired one", 1)):
-        lockstep = Lockstep(model, changed, my_share(batches(count)), limit=9)
+        lockstep = Lockstep(model, changed, my_share(batches(count)))
         paired = gather_paired(model.head, lockstep.at("head"), samples=lockstep.samples, effort=99)
         assert paired is not None
         found[name] = paired

@@ -372,7 +372,7 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradients() -> None:
 def paired(
     original: nn.Module, changed: Any, name: str, batches: list[Inputs], calls: int = 1, effort: float = EVERYTHING
 ) -> Statistics:
-    lockstep, layer = Lockstep(original, changed, batches, limit=99), original.get_submodule(name)
+    lockstep, layer = Lockstep(original, changed, batches), original.get_submodule(name)
     found = gather_paired(layer, lockstep.at(name, calls), samples=lockstep.samples, effort=effort)  # type: ignore
     assert found is not None
     return found
@@ -465,7 +465,7 @@ def test_the_model_is_left_as_it_was(broken: bool) -> None:
 
     watch(lambda: gather(model, weighted(model), x, gradients=classifier_loss(1)))
     watch(lambda: gather(model, weighted(model), x))
-    lockstep = Lockstep(model, other, x, limit=1)
+    lockstep = Lockstep(model, other, x)
     assert len(list(lockstep.at("2"))) == 2
     watch(lockstep.answers)
     lockstep.close()

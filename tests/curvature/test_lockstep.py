@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -67,6 +67,7 @@ def shrunk(model: nn.Module, name: str) -> None:
     model.set_submodule(name, layer)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 3), min_size=1, max_size=4),
     st.lists(st.sampled_from(LAYERS), unique=True, min_size=1),
@@ -75,7 +76,7 @@ def shrunk(model: nn.Module, name: str) -> None:
 def test_layers_see_what_they_would_in_runs_of_their_own(sizes: list[int], chosen: list[str], limit: int) -> None:
     """For any layers in calling order, each replaced once it was seen, and however many runs may wait."""
     original, changed, given_ = network(), network(), batches(*sizes)
-    lockstep = Lockstep(original, changed, given_, limit=limit)
+    lockstep = Lockstep(original, changed, given_, sample_bytes=1.0, memory_limit=2 * max(sizes) * limit)
     for name in sorted(chosen, key=LAYERS.index):
         found = list(lockstep.at(name))
         assert len(found) == len(sizes)
@@ -100,7 +101,7 @@ def test_a_layer_that_lies_before_is_run_once() -> None:
 
 def test_a_layer_that_has_changed_before_is_seen_after_closing() -> None:
     original, changed, given_ = network(), network(), batches(2)
-    lockstep = Lockstep(original, changed, given_, limit=1)
+    lockstep = Lockstep(original, changed, given_)
     list(lockstep.at("second"))
     with torch.no_grad():
         changed.first.weight.mul_(0.1)
@@ -120,7 +121,7 @@ class Twice(nn.Module):
 
 def test_a_layer_that_is_called_twice_is_seen_twice_and_runs_go_on_from_before_it() -> None:
     original, changed, given_ = network(Twice), network(Twice), [Inputs((randn(3, 4),))]
-    lockstep = Lockstep(original, changed, given_, limit=1)
+    lockstep = Lockstep(original, changed, given_)
     found = list(lockstep.at("shared", calls=2))
     for (x, answer), (went, came) in zip(found, expected(original, "shared", given_[0]), strict=True):
         torch.testing.assert_close(x, went)
@@ -143,7 +144,7 @@ class Branching(nn.Module):
 
 def test_batches_may_go_different_ways() -> None:
     x = torch.ones(2, 4)
-    lockstep = Lockstep(network(Branching), network(Branching), [Inputs((x,)), Inputs((-x,))], limit=2)
+    lockstep = Lockstep(network(Branching), network(Branching), [Inputs((x,)), Inputs((-x,))])
     for name, count in (("left", 1), ("right", 1), ("last", 2)):
         assert len(list(lockstep.at(name))) == count
 
@@ -161,10 +162,10 @@ class Ambient(nn.Module):
         return self.second(x.float())
 
 
-@pytest.mark.parametrize("limit", [0, 2])
+@pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_what_a_forward_switches_on_does_not_leak(limit: int) -> None:
     given_ = [Inputs((randn(2, 4),)), Inputs((randn(3, 4),))]
-    lockstep = Lockstep(network(Ambient), network(Ambient), given_, limit=limit)
+    lockstep = Lockstep(network(Ambient), network(Ambient), given_, memory_limit=limit)
     types = []
     for name in ("first", "second"):
         types.append({answer.dtype for _, answer in lockstep.at(name)})
@@ -186,7 +187,7 @@ class Inference(nn.Module):
 
 
 def test_inference_mode_inside_a_forward_does_not_leak() -> None:
-    lockstep = Lockstep(network(Inference), network(Inference), [Inputs((randn(2, 4),))] * 2, limit=2)
+    lockstep = Lockstep(network(Inference), network(Inference), [Inputs((randn(2, 4),))] * 2)
     for name in ("first", "second"):
         assert len(list(lockstep.at(name))) == 2
         assert not torch.is_inference_mode_enabled()
@@ -204,7 +205,7 @@ class Breaking(nn.Module):
 
 def test_an_error_of_the_model_is_the_callers() -> None:
     model = network(Breaking)
-    lockstep = Lockstep(model, network(Breaking), [Inputs((randn(2, 4),))], limit=1)
+    lockstep = Lockstep(model, network(Breaking), [Inputs((randn(2, 4),))])
     assert len(list(lockstep.at("first"))) == 1
     with pytest.raises(RuntimeError, match="in the middle"):
         list(lockstep.at("second"))

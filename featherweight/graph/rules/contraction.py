@@ -7,6 +7,7 @@ from featherweight.graph.rules.call import Axes, Axis, Call, Unsupported, Value,
 
 @rule("linear")
 def linear(call: Call) -> Value:
+    """Inputs meet the weight's columns, a bias its rows: (..., inputs) → (..., outputs)."""
     x, weight, bias = call.axes("input"), call.axes("weight"), call.given("bias")
     if len(weight) != 2:
         raise Unsupported("linear with a vector for a weight")
@@ -22,12 +23,14 @@ def linear(call: Call) -> Value:
 
 @rule("matmul", "mm", "bmm")
 def matmul(call: Call) -> Value:
+    """A product of matrices, stacks of them or vectors: the inner dimensions meet."""
     x, y = call.axes("self"), call.axes("other" if call.operation == "matmul" else "mat2")
     return _product(call, x, y)
 
 
 @rule("addmm", "baddbmm")
 def added_product(call: Call) -> Value:
+    """A product of matrices with something added: what is added meets the outer dimensions."""
     names = ("mat1", "mat2") if call.operation == "addmm" else ("batch1", "batch2")
     product = _product(call, call.axes(names[0]), call.axes(names[1]))
     aligned = call.broadcast([product, call.axes("self")])
@@ -38,6 +41,7 @@ def added_product(call: Call) -> Value:
 
 @rule("mv")
 def matrix_vector(call: Call) -> Value:
+    """(rows, columns) and (columns,) → (rows,)."""
     matrix, vector = call.axes("self"), call.axes("vec")
     contract(call, matrix[1], vector[0])
     return (matrix[0],)
@@ -45,17 +49,20 @@ def matrix_vector(call: Call) -> Value:
 
 @rule("dot", "vdot")
 def dot(call: Call) -> Value:
+    """Two vectors meet and are gone."""
     contract(call, call.axes("self")[0], call.axes("other" if call.operation == "vdot" else "tensor")[0])
     return ()
 
 
 @rule("outer")
 def outer(call: Call) -> Value:
+    """(rows,) and (columns,) → (rows, columns): nothing meets."""
     return (*call.axes("self"), *call.axes("vec2"))
 
 
 @rule("einsum")
 def einsum(call: Call) -> Value:
+    """Dimensions of one letter meet; a letter that the answer lacks is summed over."""
     equation = call["equation"].replace(" ", "")
     if "." in equation:
         raise Unsupported("einsum with an ellipsis")

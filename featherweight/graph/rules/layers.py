@@ -128,6 +128,7 @@ def layer_norm(call: Call) -> Value:
 
 @rule("local_response_norm")
 def response_norm(call: Call) -> Value:
+    """Each channel is divided by its neighbours, so none can go."""
     x = call.axes("input")
     call.fix([x[1]], "a local response norm mixes neighbouring channels")
     return x
@@ -169,6 +170,7 @@ def resampled(call: Call) -> Value:
 
 @rule("embedding")
 def embedding(call: Call) -> Value:
+    """Rows are read at the values that go in and stay; features can go."""
     weight, indices = call.axes("weight"), call.axes("indices")
     call.fix([weight[0]], "an embedding is read at any of its rows")
     call.role(weight[1], "producer", "features")

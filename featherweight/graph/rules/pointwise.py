@@ -32,16 +32,19 @@ fmod remainder floor_divide atan2 isclose
 
 @rule(*_THROUGH_ZERO.split())
 def through_zero(call: Call) -> Value:
+    """A function of each element that is zero at zero."""
     return call.axes(call.node.args[0])  # type: ignore[arg-type]
 
 
 @rule(*_ABOVE_ZERO.split())
 def above_zero(call: Call) -> Value:
+    """A function of each element that is not zero at zero."""
     return tuple(axis.keeping(False) for axis in call.axes(call.node.args[0]))  # type: ignore[arg-type]
 
 
 @rule(*_UNDEFINED_AT_ZERO.split())
 def undefined_at_zero(call: Call) -> Value:
+    """A function of each element without a value at zero."""
     axes = call.axes("self")
     _fix_zeros(call, axes, f"{call.operation} of a slice that is zero is not a number")
     return tuple(axis.keeping(False) for axis in axes)
@@ -73,6 +76,7 @@ def divided(call: Call) -> Value:
 
 @rule("pow")
 def power(call: Call) -> Value:
+    """Zero stays zero under a positive power only."""
     exponent = call.get("exponent")
     if isinstance(exponent, (int, float)):
         axes = call.axes("self")
@@ -84,6 +88,7 @@ def power(call: Call) -> Value:
 
 @rule("clamp", "clip", "hardtanh", "clamp_min", "clamp_max")
 def clamped(call: Call) -> Value:
+    """Zero stays zero where the bounds enclose it."""
     low = call.get("min") if call.operation != "hardtanh" else call["min_val"]
     high = call.get("max") if call.operation != "hardtanh" else call["max_val"]
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
@@ -94,6 +99,7 @@ def clamped(call: Call) -> Value:
 
 @rule(*_COMPARISONS.split())
 def compared(call: Call) -> Value:
+    """Elements that meet, with an answer that is not zero where they are."""
     return _meeting(call, lambda _: False, [])
 
 
@@ -111,6 +117,7 @@ def chosen(call: Call) -> Value:
 
 @rule("masked_fill")
 def filled(call: Call) -> Value:
+    """Filled with a value where a mask says so: zero stays zero if that value is zero."""
     aligned = call.broadcast([call.axes("self"), call.axes("mask")])
     zero = call.get("value") == 0 and not isinstance(call.get("value"), fx.Node)
     return tuple(_made(call, d, here, zero and here[0] is not None and here[0].zero) for d, here in enumerate(aligned))
@@ -118,6 +125,7 @@ def filled(call: Call) -> Value:
 
 @rule("copy")
 def copied(call: Call) -> Value:
+    """Overwritten by another tensor: zero where that one is."""
     target, source = call.axes("self"), call.axes("src")
     aligned = call.broadcast([target, source])
     return tuple(_made(call, d, here, here[1] is not None and here[1].zero) for d, here in enumerate(aligned))
@@ -125,12 +133,14 @@ def copied(call: Call) -> Value:
 
 @rule("fill", "zero")
 def overwritten(call: Call) -> Value:
+    """Overwritten by one value."""
     zero = call.operation == "zero" or call.get("value") == 0
     return tuple(axis.keeping(zero) for axis in call.axes("self"))
 
 
 @rule("prelu")
 def prelu(call: Call) -> Value:
+    """A slope for each channel meets it."""
     x, slope = call.axes("self"), call.axes("weight")
     if len(slope) == 1 and len(slope[0]) > 1:
         call.join(x[1 if len(x) > 1 else 0], slope[0])

@@ -20,6 +20,7 @@ def concatenated(axes: Sequence[Axis]) -> Axis:
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias")
 def view(call: Call) -> Value:
+    """Another shape of the same elements: dimensions are merged and split."""
     x = call.axes("self")
     return tuple(_regrouped(call, x, [len(a) for a in x], list(call.shape)))
 
@@ -74,12 +75,14 @@ def _pieces(call: Call, axis: Axis, lengths: list[int]) -> list[Axis]:
 
 @rule("permute")
 def permute(call: Call) -> Value:
+    """Dimensions in another order."""
     x = call.axes("self")
     return tuple(x[d] for d in call["dims"])
 
 
 @rule("transpose", "swapaxes", "swapdims")
 def transpose(call: Call) -> Value:
+    """Two dimensions change places."""
     x = list(call.axes("self"))
     one, two = (call.get("dim0"), call.get("dim1")) if call.get("dim0") is not None else (call["axis0"], call["axis1"])
     x[one], x[two] = x[two], x[one]
@@ -88,6 +91,7 @@ def transpose(call: Call) -> Value:
 
 @rule("t", "numpy_T", "adjoint", "mT")
 def turned(call: Call) -> Value:
+    """The last two dimensions change places, or all are turned round."""
     x = call.axes("self")
     if len(x) > 2:
         return (*x[:-2], x[-1], x[-2]) if call.operation in ("adjoint", "mT") else tuple(reversed(x))
@@ -96,6 +100,7 @@ def turned(call: Call) -> Value:
 
 @rule("movedim", "moveaxis")
 def movedim(call: Call) -> Value:
+    """Some dimensions move, the others keep their order."""
     x = call.axes("self")
     source, target = call.dims(call["source"], len(x)), call.dims(call["destination"], len(x))
     order = [d for d in range(len(x)) if d not in source]
@@ -106,6 +111,7 @@ def movedim(call: Call) -> Value:
 
 @rule("unsqueeze")
 def unsqueeze(call: Call) -> Value:
+    """A dimension of length one comes in."""
     x = list(call.axes("self"))
     x.insert(call.dim(call["dim"], len(x) + 1), call.fixed(1))
     return tuple(x)
@@ -113,6 +119,7 @@ def unsqueeze(call: Call) -> Value:
 
 @rule("squeeze")
 def squeeze(call: Call) -> Value:
+    """Dimensions of length one go."""
     x = call.axes("self")
     dims = call.dims(call.get("dim"), len(x))
     return tuple(axis for d, axis in enumerate(x) if d not in dims or len(axis) != 1)
@@ -131,6 +138,7 @@ def expand(call: Call) -> Value:
 
 @rule("repeat")
 def repeat(call: Call) -> Value:
+    """The whole repeated along a dimension: copies of an index go together."""
     x, shape = call.axes("self"), call.shape
     made = []
     for d, length in enumerate(shape):
@@ -146,6 +154,7 @@ def repeat(call: Call) -> Value:
 
 @rule("repeat_interleave")
 def repeat_interleave(call: Call) -> Value:
+    """Each index repeated in place: its copies go together."""
     x = list(call.axes("self"))
     times, d = call["repeats"], call.get("dim")
     if isinstance(times, fx.Node) or d is None:
@@ -167,6 +176,7 @@ def pixel_shuffle(call: Call) -> Value:
 
 @rule("pixel_unshuffle")
 def pixel_unshuffle(call: Call) -> Value:
+    """Pixels of a square become channels: those made of one channel go together."""
     x, factor = call.axes("self"), call["downscale_factor"]
     call.fix(x[-2:], "positions, not channels")
     channels = call.merge([x[-3], call.fixed(factor**2)])
@@ -175,6 +185,7 @@ def pixel_unshuffle(call: Call) -> Value:
 
 @rule("channel_shuffle")
 def channel_shuffle(call: Call) -> Value:
+    """Channels of all groups in turn: one in every group goes together."""
     x, groups = list(call.axes("self")), call["groups"]
     x[1] = call.merge([call.tie(x[1], groups), call.fixed(groups)])
     return tuple(x)
@@ -183,6 +194,7 @@ def channel_shuffle(call: Call) -> Value:
 @rule("cat", "concat", "concatenate")
 def cat(call: Call) -> Value:
     # a tensor without elements and with one dimension is passed over, whatever the others' shapes
+    """Along the dimension one after the other; in all others they meet."""
     parts = [
         axes for axes in (call.axes(node) for node in call["tensors"]) if not (len(axes) == 1 and not len(axes[0]))
     ]
@@ -201,6 +213,7 @@ def cat(call: Call) -> Value:
 
 @rule("stack")
 def stack(call: Call) -> Value:
+    """Along a new dimension, none of which can go; in all others they meet."""
     parts = [call.axes(node) for node in call["tensors"]]
     made = []
     for here in zip(*parts, strict=True):
@@ -213,6 +226,7 @@ def stack(call: Call) -> Value:
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split")
 def split(call: Call) -> Value:
+    """Pieces along one dimension."""
     x = call.axes("self")
     d = call.dim(call["dim"], len(x))
     made, start = [], 0
@@ -225,6 +239,7 @@ def split(call: Call) -> Value:
 
 @rule("unbind")
 def unbind(call: Call) -> Value:
+    """Taken apart along a dimension, none of which can go."""
     x = call.axes("self")
     d = call.dim(call["dim"], len(x))
     call.fix([x[d]], "it is taken apart one by one")
@@ -233,6 +248,7 @@ def unbind(call: Call) -> Value:
 
 @rule("slice")
 def slice_(call: Call) -> Value:
+    """A stretch of a dimension; with a step other than one it is frozen."""
     x = list(call.axes("self"))
     d = call.dim(call["dim"], len(x))
     taken = range(len(x[d]))[slice(call["start"], call["end"], call["step"])]
@@ -250,6 +266,7 @@ def slice_(call: Call) -> Value:
 
 @rule("narrow")
 def narrow(call: Call) -> Value:
+    """A stretch of a dimension by start and length."""
     x = list(call.axes("self"))
     d = call.dim(call["dim"], len(x))
     if isinstance(call["start"], fx.Node):
@@ -261,6 +278,7 @@ def narrow(call: Call) -> Value:
 
 @rule("select")
 def select(call: Call) -> Value:
+    """One index of a dimension, which has to stay."""
     x = call.axes("self")
     d = call.dim(call["dim"], len(x))
     index = call["index"]
@@ -273,6 +291,7 @@ def select(call: Call) -> Value:
 
 @rule("index_select")
 def index_select(call: Call) -> Value:
+    """Indices of a dimension by a constant list, which is counted anew when slices go."""
     x = list(call.axes("self"))
     d = call.dim(call["dim"], len(x))
     index = call.constant(call.node.args[2])  # type: ignore[arg-type]
@@ -305,6 +324,7 @@ def index(call: Call) -> Value:
 
 @rule("gather", "take_along_dim")
 def gather(call: Call) -> Value:
+    """Read at indices that are computed: what they read stays."""
     x, index_ = call.axes("self"), call.axes("index")
     d = call.dim(call["dim"], len(x))
     call.fix([x[d], *index_], "an index reads it")
@@ -316,6 +336,7 @@ def gather(call: Call) -> Value:
 
 @rule("constant_pad_nd", "pad")
 def pad(call: Call) -> Value:
+    """Padding before and after a dimension; padding with zeros is like more slices."""
     x = list(call.axes("self"))
     amounts, mode, value = call["pad"], call.get("mode") or "constant", call.get("value") or 0
     for i in range(len(amounts) // 2):
@@ -365,6 +386,7 @@ def ordered(call: Call) -> Value:
 
 @rule("tril", "triu")
 def triangle(call: Call) -> Value:
+    """The upper or lower triangle of matrices, whose rows and columns stay."""
     x = call.axes("self")
     call.fix(x[-2:], "a triangle is cut out of it")
     return x
@@ -379,6 +401,7 @@ def made_whole(call: Call) -> Value:
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli")
 def made_like(call: Call) -> Value:
+    """A new tensor with the shape of another."""
     zero = call.operation == "zeros_like" or call.get("fill_value") == 0
     return tuple(axis.keeping(zero) for axis in call.axes("self"))
 
@@ -396,6 +419,7 @@ def made_like(call: Call) -> Value:
     "tril_indices",
 )
 def made_from_values(call: Call) -> Value:
+    """A tensor out of numbers: nothing in it belongs to a slice."""
     return tuple(call.fixed(length) for length in call.shape)
 
 

@@ -1,0 +1,580 @@
+"""What every structured pruning has in common: coupled groups of slices, a width for each, and the mending after.
+
+Groups of slices that go together (`graph.couple`) → what each width of each group loses → widths under a budget → the
+narrowed network, held against the masked original → the layers behind refitted to the original's answers.
+
+Li et al., Pruning filters for efficient convnets, 2017, arxiv.org/abs/1608.08710 (what to remove); He et al., Channel
+pruning for accelerating very deep neural networks, 2017, arxiv.org/abs/1707.06168 (LASSO and reconstruction); Fang et
+al., DepGraph, 2023, arxiv.org/abs/2301.12900 (coupled groups); Frantar et al., Optimal brain compression, 2022,
+arxiv.org/abs/2208.11580 (the second-order removal that is the default).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from featherweight.cost.cost import Cost
+from featherweight.cost.count import Profile, profile
+from featherweight.curvature.gram import Statistics, gather_paired, my_share
+from featherweight.curvature.lockstep import Lockstep
+from featherweight.curvature.selection import Consumer, greedy_elimination, lasso, reconstruct
+from featherweight.curvature.solve import damp, least_squares
+from featherweight.edits import Edit, Leave, Narrow
+from featherweight.errors import BudgetError, RecipeError
+from featherweight.forms import Layer, is_layer
+from featherweight.graph import Group, Site, couple, narrow
+from featherweight.layers import PerLayer, for_layer, matches, obstacles, unmatched, weighted_layers
+from featherweight.ledger import Choice, Point, Snapshot
+from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
+from featherweight.progress import track
+from featherweight.prune import schedules, scores
+from featherweight.prune.units import bills, columns, members, reader, slices
+from featherweight.score import Divergence
+from featherweight.search.budget import Budget
+from featherweight.search.optimal import rounded_up
+from featherweight.search.widths import Bill, Curve, alike, least_loss, nearest
+from featherweight.snapshot import of_profile
+from featherweight.step import Stage, Step
+from featherweight.study import Study
+from featherweight.task import Task
+
+SCORES = ("loss", "lasso", "l1", "l2", "random", "batch_norm", "geometric_median", "activation")
+SELECTORS = {"optimal": least_loss, "uniform": alike}
+METRICS = ("macs", "params", "bytes")
+# Of the mean diagonal of Gram matrices, towards what is there: there are few samples for so many unknowns.
+RIDGE = 1e-3
+# Of the mean gradient covariance: outputs whose gradient is small on the calibration data still matter elsewhere.
+GRADIENT_DAMPING = 1e-2
+# How often the estimate of a narrowed network's cost is corrected by its true cost.
+CORRECTIONS = 6
+# How much of a limit may stay unused.
+SLACK = 0.01
+CURVE_POINTS = 40
+# Groups or layers that one note names.
+NAMED = 5
+# Of a group's units, how many removals there are between two looks at which unit is missed least.
+AT_ONCE = 64
+# The roles of slices that scores of magnitude look at.
+WEIGHTS = ("producer", "consumer")
+
+
+@dataclass(frozen=True)
+class Structured(Step):
+    """Remove whole slices that go together, so that the network really shrinks.
+
+    Attributes:
+        budget: what the whole network may cost (``macs``, ``params`` or ``bytes``), in shares of what the recipe was
+            given; widths are then chosen.
+        ratio: the share of every group's units to remove, 0 up to 1, instead of a budget; per group where it is a
+            mapping from patterns.
+        score: what decides which units stay: ``"loss"``, the predicted rise of the loss once the layers that read a
+            unit are refitted (needs calibration data; ``"l2"`` is used without); ``"lasso"``, gates under an L1
+            penalty; ``"l1"``, ``"l2"``, ``"random"``, ``"batch_norm"`` (its scales), ``"geometric_median"``, or
+            ``"activation"`` (root mean square of what the unit gives).
+        select: ``"optimal"``, least predicted loss over all groups, or ``"uniform"``, the same share of every group.
+        reconstruct: refit the layers that read narrowed inputs, by least squares, to the original's answers; None for
+            wherever there is calibration data.
+        ignore: patterns of layers to leave alone: no layer that matches loses an output.
+        multiple_of: keep multiples of this many slices (or all); per group where it is a mapping.
+        minimum: keep at least this many units; per group where it is a mapping.
+        samples: how many calibration samples to look at.
+        epochs: of fine-tuning with ``task.train`` afterwards, after every round where there are several.
+        rounds: in how many to prune; more goes in the earlier ones, on the cubic schedule of Zhu & Gupta, To prune, or
+            not to prune, 2017, arxiv.org/abs/1710.01878. With a ``drop`` in the budget they end before the one that
+            would lose more.
+    """
+
+    budget: Budget | None = None
+    ratio: PerLayer[float] | None = None
+    score: str = "loss"
+    select: str = "optimal"
+    reconstruct: bool | None = None
+    ignore: tuple[str, ...] = ()
+    multiple_of: PerLayer[int] = 1
+    minimum: PerLayer[int] = 1
+    samples: int = 512
+    epochs: float = 0
+    rounds: int = 1
+
+    stage: ClassVar[Stage] = Stage.SHAPE
+    # The kinds of groups that are narrowed, as `graph.Group.kind` names them.
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, Mapping):
+            object.__setattr__(self, "budget", Budget(**self.budget))
+        if isinstance(self.ignore, list):
+            object.__setattr__(self, "ignore", tuple(self.ignore))
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        if found:
+            return found
+        if (self.budget is None) == (self.ratio is None):
+            found.append("give one of budget= and ratio=, which say how much to keep or to remove")
+        if self.budget is not None:
+            if self.budget.drop is not None and self.rounds < 2:
+                found.append("a drop ends rounds of pruning, and is no limit that widths can be chosen by: give rounds")
+            if not self.budget.costs():
+                found.append("the budget has no cost: give macs, params or bytes beside the drop")
+            if unknown := [metric for metric in self.budget.costs() if metric not in METRICS]:
+                found.append(f"{unknown[0]} is no cost that widths can be chosen by: use {', '.join(METRICS)}")
+        for value in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]:
+            if value is not None and not 0 <= value < 1:
+                found.append(f"ratio is {value}: it is the share of units to remove, from 0 up to but not 1")
+        for name, setting in (("multiple_of", self.multiple_of), ("minimum", self.minimum)):
+            for number in setting.values() if isinstance(setting, Mapping) else [setting]:
+                if number < 1:
+                    found.append(f"{name} is {number}: it must be at least 1")
+        if self.score not in SCORES:
+            found.append(f"score is {self.score!r}: use {', '.join(SCORES)}")
+        if self.select not in SELECTORS:
+            found.append(f"select is {self.select!r}: use {' or '.join(SELECTORS)}")
+        needs = [n for n, on in (("reconstruct", self.reconstruct), (f"score={self.score!r}", self._by_data)) if on]
+        if needs and not task.has_calibration:
+            found.append(f"{needs[0]} needs calibration data: give Task(calibration=...)")
+        if self.epochs and task.train is None:
+            found.append("epochs needs Task(train=...), which the task does not have")
+        if self.samples < 1 or self.epochs < 0 or self.rounds < 1:
+            found.append("samples and rounds must be at least 1, and epochs at least 0")
+        return found + unmatched(self.ignore, list(weighted_layers(model)))
+
+    @property
+    def _by_data(self) -> bool:
+        return self.score in ("lasso", "activation")
+
+    def check(self, study: Study) -> None:
+        """Capture the model and hold the budget against its groups, before anything slow.
+
+        Raises:
+            GraphError: the model cannot be captured.
+            RecipeError: a pattern matches no group.
+            BudgetError: the budget cannot be met.
+        """
+        work = self._work(study)
+        names = [group.name for group in work.groups]
+        settings = [setting for setting in (self.ratio, self.multiple_of, self.minimum) if isinstance(setting, Mapping)]
+        patterns = [pattern for setting in settings for pattern in setting]
+        if wrong := [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]:
+            known = f"which are {_some(names)}" if names else "of which there are none"
+            raise RecipeError([f"{self.name}: the pattern {p!r} matches none of the groups, {known}" for p in wrong])
+        if self.budget is not None and work.groups:
+            work.check(self.budget.limits(_metrics(study.start)))
+
+    def planned(self, study: Study, before: Snapshot) -> Snapshot:
+        self.check(study)
+        work = self._work(study)
+        return of_profile(work.narrowed(work.chosen()), None)
+
+    def _work(self, study: Study) -> _Work:
+        work: _Work | None = study.worked_out.get("pruning")
+        if work is None or work.step is not self:
+            work = study.worked_out["pruning"] = _Work(self, study)
+        return work
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """Round by round: choose widths, narrow, refit what reads narrowed inputs, mend batch norms, fine-tune."""
+        self.check(study)
+        whole = _metrics(study.profile.total)
+        left: dict[str, str] | None = None
+        for number in range(1, self.rounds + 1):
+            now = study if number == 1 else study.again()  # of the two the first has the model as it becomes
+            step = self if self.rounds == 1 else self._round(number, whole, _metrics(study.start))
+            work = step._work(now)
+            kept = work.chosen() if work.groups else {}
+            stays = {**work.left, **work.whole(kept)}
+            left = stays if left is None else {name: reason for name, reason in stays.items() if name in left}
+            if not kept:
+                continue
+            made = narrow(study.model, work.coupling, kept)
+            edit = Narrow(made.narrowing)
+            if self.budget is None or self.budget.drop is None:
+                yield edit
+                step._heal(now, work, study.model, kept)
+            else:
+                trial = edit.apply(copy.deepcopy(study.model))
+                step._heal(now, work, trial, kept)
+                lost = study.original_score - study.scorer(trial)
+                if lost > self.budget.drop:
+                    study.notes.append(f"ended after round {number - 1} of {self.rounds}: the next lost {lost:.4g}")
+                    break
+                yield edit
+                study.model.load_state_dict(trial.state_dict())
+            note = "the model's own class was kept"
+            if made.narrowing.form == "graph":
+                note = f"the narrowed model is a captured graph, no longer of its own class: {made.narrowing.why}"
+            if note not in study.notes:
+                study.notes.append(note)
+        yield from (Leave(name, reason) for name, reason in (left or {}).items())
+
+    def _heal(self, study: Study, work: _Work, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        """Put the values of a narrowed model right, in place."""
+        work.mend(model, kept)
+        if self.epochs:
+            finetune(model, study.task, self.epochs)
+
+    def _round(self, number: int, whole: Mapping[str, float], start: Mapping[str, float]) -> Structured:
+        """This step as one of its rounds.
+
+        Args:
+            number: from 1.
+            whole: what the network cost before the first.
+            start: what shares of the budget are of.
+        """
+        before, after = (schedules.cubic(n, final=1.0, end=self.rounds) for n in (number - 1, number))
+        if self.budget is not None:
+            ends = self.budget.limits(start)
+            limits = {m: max(2.0, whole[m] - after * max(whole[m] - end, 0.0)) for m, end in ends.items()}
+            return replace(self, budget=Budget(**limits), rounds=1)
+
+        def part(ratio: float) -> float:
+            return 1 - (1 - ratio * after) / (1 - ratio * before)
+
+        assert self.ratio is not None
+        ratio = {p: part(r) for p, r in self.ratio.items()} if isinstance(self.ratio, Mapping) else part(self.ratio)
+        return replace(self, ratio=ratio, rounds=1)
+
+
+class _Work:
+    """One step at work on one model."""
+
+    def __init__(self, step: Structured, study: Study) -> None:
+        self.step, self.study = step, study
+        self.coupling = couple(study.original, study.task.inputs().on(study.original))
+        self.left: dict[str, str] = {}
+        self.unscored: dict[str, list[str]] = {}  # why a score says nothing of groups, and which
+        self.layers = weighted_layers(study.original)
+        self.groups = [group for group in self.coupling.groups if self._wanted(group)]
+        makes = {name: group for group in self.coupling.groups for name in self._makers(group)}
+        narrowed = {name for group in self.groups for name in self._makers(group)}
+        for name in self.layers:
+            if name in narrowed or name in self.left:
+                continue
+            reason = self.coupling.frozen.get((f"{name}.weight", 0))
+            if matches(name, step.ignore):
+                self.left[name] = "ignored, as asked"
+            elif name in makes:
+                self.left[name] = f"what it makes are {makes[name].kind}, which this step leaves alone"
+            else:
+                self.left[name] = "it makes no units that could go" if reason is None else str(reason)
+
+    def _wanted(self, group: Group) -> bool:
+        if group.kind not in self.step.kinds:
+            return False
+        ignored = {name for name in self._makers(group) if matches(name, self.step.ignore)}
+        for name in self._makers(group) if ignored else ():
+            goes_with = f"it goes with {min(ignored)}, which is ignored"
+            self.left[name] = "ignored, as asked" if name in ignored else goes_with
+        return not ignored
+
+    def _makers(self, group: Group) -> list[str]:
+        """The layers that make a group's units; of the parts of a replaced layer, that layer."""
+        return list(dict.fromkeys(self._layer(site) for site in group.producers()))
+
+    def _layer(self, site: Site) -> str:
+        """The layer that a site is in; of the parts of a replaced layer, that layer."""
+        wholes = [name for name in self.layers if site.layer.startswith(f"{name}.")]
+        return wholes[0] if wholes and site.layer not in self.layers else site.layer
+
+    def whole(self, kept: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """Layers that could have lost outputs and lost none, with the reason."""
+        narrowed = {name for group in self.groups if group.name in kept for name in self._makers(group)}
+        found = {}
+        for group in self.groups:
+            reason = "nothing less was asked of it" if self.step.budget is None else "its cost is better spent as it is"
+            if len(self.widths(group)) == 1:
+                reason = "minimum and multiple_of allow it no other width"
+            found.update({name: reason for name in self._makers(group) if name not in {*narrowed, *self.left}})
+        return found
+
+    # Widths ---------------------------------------------------------------------------------------------------------
+
+    def widths(self, group: Group) -> tuple[int, ...]:
+        """How many units of a group may be kept: rising, all of them last."""
+        multiple = for_layer(self.step.multiple_of, group.name, default=1)
+        least = min(group.size, for_layer(self.step.minimum, group.name, default=1))
+        return (*(n for n in range(least, group.size) if n * group.granularity % multiple == 0), group.size)
+
+    def check(self, limits: Mapping[str, float]) -> None:
+        """Raises:
+        BudgetError: the least that can be left costs more; the message says how much.
+        """
+        least = {group.name: range(self.widths(group)[0]) for group in self.groups}
+        cost, whole = (_metrics(counted.total) for counted in (self.narrowed(least), self.study.profile))
+        for metric, limit in limits.items():
+            if cost[metric] > limit:
+                raise BudgetError(
+                    f"{self.step.budget} cannot be met: with as little left of every group as may be, {metric} come "
+                    f"to {rounded_up(cost[metric] / whole[metric]):g} of what they are; ask for more, or ignore less"
+                )
+
+    def bills(self, limits: Mapping[str, float]) -> dict[str, Bill]:
+        """What the network costs, as a function of widths."""
+        return bills(self.coupling, self.groups, self.study.profile, limits)
+
+    def chosen(self) -> dict[str, tuple[int, ...]]:
+        """The units that stay, of the groups that lose some."""
+        step = self.step
+        if step.budget is not None:
+            widths = self._within(step.budget.limits(_metrics(self.study.start)))
+        else:
+            widths = {group.name: group.size for group in self.groups}
+            for group in self.groups:
+                if ratio := for_layer(step.ratio, group.name, default=0.0):
+                    widths[group.name] = nearest(self.widths(group), (1 - ratio) * group.size)
+        self._record(widths)
+        return {group.name: self._kept(group, widths[group.name]) for group in self._narrowed(widths)}
+
+    def _narrowed(self, widths: Mapping[str, int]) -> list[Group]:
+        return [group for group in self.groups if widths[group.name] < group.size]
+
+    def _within(self, limits: Mapping[str, float]) -> dict[str, int]:
+        """Widths under the limits, chosen by an estimate of what they cost, which is corrected by what they do cost."""
+        aims, best, least = dict(limits), None, 0.0
+        for _ in range(CORRECTIONS):
+            try:
+                widths = SELECTORS[self.step.select](self.curves, self.bills(aims))
+            except BudgetError:
+                break
+            true = self._true(widths)
+            used = max(true[metric] / limit for metric, limit in limits.items())
+            if least < used <= 1:
+                best, least = widths, used
+            if 1 - SLACK <= used <= 1 or not self._narrowed(widths):
+                break
+            estimated = {metric: bill.at(widths) for metric, bill in self.bills(limits).items()}
+            aims = {m: limits[m] * (1 - SLACK / 4) - (true[m] - estimated[m]) for m in limits}
+        if best is None:
+            raise BudgetError(
+                f"no widths were found that cost no more than {self.step.budget}: ask for more, or ignore fewer layers"
+            )
+        if least < 1 - SLACK and self._narrowed(best):
+            self.study.notes.append(f"the cost came to {least:.3f} of the limit: no wider group was found to fit")
+        return best
+
+    def _true(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """What the network costs at these widths, whichever units stay."""
+        return _metrics(self.narrowed({g.name: range(widths[g.name]) for g in self._narrowed(widths)}).total)
+
+    def narrowed(self, kept: Mapping[str, Sequence[int]]) -> Profile:
+        """The costs of the network with these units kept."""
+        if not kept:
+            return self.study.profile
+        made = narrow(self.study.original, self.coupling, kept, check=False)
+        return profile(made.module, self.study.task.inputs())
+
+    # What units are worth -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def readers(self) -> dict[str, Layer]:
+        """The Linear and Conv layers with weights of their own whose inputs some group narrows, in calling order."""
+        sites = {site.layer: site for group in self.groups for site in group.consumers()}
+        called = [name for name, row in self.study.profile.layers.items() if row.calls and name in sites]
+        stuck = obstacles(self.study.original, called, ())
+        found = {name: reader(self.study.original, sites[name]) for name in called if name not in stuck}
+        return {name: layer for name, layer in found.items() if layer is not None}
+
+    @cached_property
+    def statistics(self) -> Mapping[str, Statistics]:
+        """Of the readers; empty without data."""
+        if not self.study.task.has_calibration or not self.readers:
+            return {}
+        return self.study.statistics(self.readers, self.step.samples, gradients=True)
+
+    def _consumers(self, group: Group) -> list[Consumer]:
+        """The readers of a group's units with their moments, each group of a convolution on its own."""
+        found = []
+        for site in group.consumers():
+            layer, seen = self.readers.get(site.layer), self.statistics.get(site.layer)
+            if layer is None or seen is None or reader(self.study.original, site) is None:
+                continue
+            seen = seen if layer.bias is None else seen.centred()
+            weight = layer.weight.detach().reshape(len(seen.gram), -1, seen.gram.shape[-1])
+            at = columns(site, group.size, layer.weight[0, 0].numel())
+            for g, (part, gram) in enumerate(zip(weight, seen.gram, strict=True)):
+                outputs = slice(g * len(part), (g + 1) * len(part))
+                gradients = None if seen.gradients is None else damp(seen.gradients[outputs, outputs], GRADIENT_DAMPING)
+                found.append(Consumer(part, gram, at, gradients, seen.positions))
+        return found
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """What every width of every group loses."""
+        ranked = self._ranked
+        return {
+            group.name: Curve(widths, tuple(float(ranked[group.name][1][group.size - n]) for n in widths))
+            for group in self.groups
+            for widths in [self.widths(group)]
+        }
+
+    @cached_property
+    def _ranked(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per group its units in the order in which they go, and what is lost after each; from 0."""
+        return {group.name: self._rank(group) for group in track(self.groups, "weighing every group's units")}
+
+    def _rank(self, group: Group) -> tuple[Tensor, Tensor]:
+        consumers = self._consumers(group) if self.step.score in ("loss", "lasso") else []
+        if consumers:
+            # The largest groups take many at once: ranks change little from one removal to the next.
+            run = greedy_elimination(consumers, left=1, at_once=max(1, group.size // AT_ONCE), damping=RIDGE)
+            return torch.cat([run.order, run.kept(1)]), run.losses
+        worth = self._worth(group).double()
+        order = worth.argsort()
+        total = worth.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return order, torch.cat([worth.new_zeros(1), (worth[order] / total).cumsum(0)])
+
+    def _worth(self, group: Group) -> Tensor:
+        """One number a unit."""
+        match self.step.score:
+            case "random":
+                return scores.random(group.size, self.study.seed)
+            case "l1":
+                return scores.l1(members(self.coupling, group, WEIGHTS))
+            case "geometric_median":
+                return scores.geometric_median(members(self.coupling, group, WEIGHTS))
+            case "batch_norm":
+                tensors, modules = self.coupling.analysis.trace.tensors, dict(self.study.original.named_modules())
+                norms = [
+                    site
+                    for site in group.sites
+                    if isinstance(modules.get(site.layer), _BatchNorm) and site.tensor == f"{site.layer}.weight"
+                ]
+                scales = [part for site in norms for part in slices(tensors[site.tensor], site, group.size)]
+                if scales:
+                    return scores.batch_norm_scale(scales)
+                self.unscored.setdefault("no batch norm scales their units", []).append(group.name)
+            case "activation" if consumers := self._consumers(group):
+                power = torch.zeros(group.size, dtype=torch.float64)
+                for consumer in consumers:
+                    diagonal = consumer.gram.diagonal().double()
+                    power += torch.stack([diagonal[at].sum() for at in consumer.units])
+                return power.sqrt()
+            case "loss" | "lasso" | "activation":
+                why = "there are no statistics of what reads them"
+                self.unscored.setdefault(why, []).append(group.name)
+        return scores.l2(members(self.coupling, group, WEIGHTS))
+
+    def _kept(self, group: Group, width: int) -> tuple[int, ...]:
+        """The units that stay at a width."""
+        if self.step.score == "lasso" and (consumers := self._consumers(group)):
+            return tuple(lasso(consumers, [width])[0].tolist())
+        return tuple(sorted(self._ranked[group.name][0][group.size - width :].tolist()))
+
+    # After the narrowing --------------------------------------------------------------------------------------------
+
+    def mend(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+        """Refit layers that read narrowed inputs to the original's answers; re-estimate the batch norms behind them."""
+        step, study = self.step, self.study
+        if not study.task.has_calibration:
+            return
+        batches = my_share(study.task.batches(model, step.samples))
+        each = study.profile.peak_activation_bytes / study.task.inputs().batch_size
+        lockstep = Lockstep(study.original, model, batches, sample_bytes=each)
+        stays = self.coupling.kept(kept)
+        layers = dict(model.named_modules())
+        if step.reconstruct is not False:
+            narrowed = [name for name in self.readers if not bool(stays[f"{name}.weight"][1].all())]
+            for name in track(narrowed, "refitting layers"):
+                outputs, inputs = (torch.from_numpy(at.nonzero()[0]) for at in stays[f"{name}.weight"][:2])
+                if is_layer(layer := layers[name]):
+                    self._refit(name, layer, lockstep, outputs)
+                else:  # a part of a captured graph, which calls no layers that could be waited at
+                    self._refit_alone(name, layer, outputs, inputs)
+            sites = [site for group in self.groups if group.name in kept for site in group.consumers()]
+            if others := sorted({site.layer for site in sites} - set(narrowed)):
+                study.notes.append(
+                    "not refitted, though what they read was narrowed, as they are no Linear or Conv layers "
+                    f"with weights of their own that the example calls: {_some(others)}"
+                )
+        lockstep.close()
+        norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+        if norms and lockstep.samples >= MENDING_SAMPLES:
+            divergence = Divergence(study.original, study.task, step.samples)
+            reestimate_batch_norm(model, lambda: study.task.batches(model, step.samples), divergence, norms)
+
+    def _refit(self, name: str, layer: Layer, lockstep: Lockstep, outputs: Tensor) -> None:
+        """A layer's weight and bias, in place, by least squares: the original's answers from what reaches it now."""
+        dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+        outputs = outputs.to(layer.weight.device)
+        calls = lockstep.at(name, len(self.study.profile.layers[name].calls))
+        pairs = ((x, answer.index_select(dim, outputs)) for x, answer in calls)
+        seen = gather_paired(layer, pairs, samples=lockstep.samples, seed=self.study.seed)
+        if seen is None:
+            return
+        fitted = seen if layer.bias is None else seen.centred()
+        assert fitted.cross is not None
+        flat = layer.weight.detach().double().reshape(len(fitted.gram), -1, fitted.gram.shape[-1])
+        weight = least_squares(fitted.gram, fitted.cross, RIDGE, prior=flat)
+        weight = weight.reshape(layer.weight.shape).to(layer.weight)
+        with torch.no_grad():
+            if layer.bias is not None:
+                layer.bias.copy_(corrected_bias(layer.weight, layer.bias, weight, seen))
+            layer.weight.copy_(weight)
+
+    def _refit_alone(self, name: str, holder: nn.Module, outputs: Tensor, inputs: Tensor) -> None:
+        """The same where the narrowed network cannot be looked into: as if what is kept reached the layer as before."""
+        layer, seen = self.readers[name], self.statistics[name]
+        weight, bias = holder.get_parameter("weight"), holder._parameters.get("bias")
+        groups, width = seen.mean.shape
+        taps = width // layer.weight.shape[1]
+        kept = (inputs[:, None] * taps + torch.arange(taps)).flatten()
+        fitted = seen if bias is None else seen.centred()
+        each = layer.out_channels // groups if not isinstance(layer, nn.Linear) else layer.out_features
+        with torch.no_grad():
+            parts: list[Tensor] = []
+            for g in range(groups):
+                rows = outputs[(outputs >= g * each) & (outputs < (g + 1) * each)]
+                whole = layer.weight.detach()[rows].flatten(1)
+                part = reconstruct(whole, fitted.gram[g], kept, ridge=RIDGE)
+                if bias is not None and layer.bias is not None:
+                    lost = whole.double() @ seen.mean[g].double() - part @ seen.mean[g, kept].double()
+                    at = len(torch.cat(parts)) if parts else 0
+                    bias[at : at + len(rows)] = (layer.bias.detach()[rows].double() + lost).to(bias)
+                parts.append(part)
+            weight.copy_(torch.cat(parts).reshape(weight.shape).to(weight))
+
+    # The record -----------------------------------------------------------------------------------------------------
+
+    def _record(self, widths: Mapping[str, int]) -> None:
+        metric = next(iter(self.step.budget.costs())) if self.step.budget is not None else "macs"
+        bill = self.bills({metric: 1.0})[metric]
+        whole = {group.name: group.size for group in self.groups}
+        choices = {}
+        for group in self.groups:
+            curve = self.curves[group.name]
+            touched = [term for term in bill.terms if any(group.name in length.each for length in term.lengths)]
+            full = sum(term.at(whole) for term in touched)
+            points = [
+                Point(
+                    "as it is" if n == group.size else f"{n} of {group.size}",
+                    sum(term.at({**whole, group.name: n}) for term in touched) / full if full else n / group.size,
+                    loss,
+                )
+                for n, loss in zip(curve.widths, curve.losses, strict=True)
+            ]
+            at = curve.widths.index(widths[group.name])
+            stride = max(1, len(points) // CURVE_POINTS)
+            shown = tuple(p for i, p in enumerate(points) if i % stride == 0 or i in (at, len(points) - 1))
+            choices[group.name] = Choice(points[at], shown)
+        for why, names in self.unscored.items():
+            self.study.notes.append(f"ranked by l2, as {why}: {_some(names)}")
+        by = self.step.select if self.step.budget is not None else "manual"
+        self.study.findings.update(choices=choices, metric=metric, selected_by=by)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names, as many as one note should have."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _metrics(cost: Cost) -> dict[str, float]:
+    return {metric: cost.metric(metric) for metric in METRICS}

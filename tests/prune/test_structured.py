@@ -1,0 +1,668 @@
+"""Structured pruning as a user sees it: what goes, what stays and why, and how near the answers come."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from networks import Attention, Mixed, Residual, Transformer, assert_same_state, make, task_of, train
+from torch import Tensor, nn
+
+import featherweight as fw
+from featherweight import factorize, prune
+from featherweight.cost.count import profile
+from featherweight.edits import Narrow, Replace
+from featherweight.errors import BudgetError, NoEffect, RecipeError
+from featherweight.graph import GraphError
+from featherweight.prune.structured import SCORES
+
+
+class Wide(nn.Module):
+    """Two wide convolutions with a norm and a classifier of two layers: (samples, 3, 6, 6) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 24, 3, padding=1)
+        self.norm = nn.BatchNorm2d(24)
+        self.two = nn.Conv2d(24, 32, 3, padding=1)
+        self.hidden = nn.Linear(32, 40)
+        self.head = nn.Linear(40, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.one(x)))
+        x = torch.relu(self.two(x)).mean((2, 3))
+        return self.head(torch.relu(self.hidden(x)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return torch.randn(samples, 3, 6, 6, generator=torch.Generator().manual_seed(5))
+
+
+class Written(Wide):
+    """The same with its width written into the forward: only a captured graph can be narrower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.one(x)))
+        x = torch.relu(self.two(x)).mean((2, 3)).view(-1, 32)
+        return self.head(torch.relu(self.hidden(x)))
+
+
+class Wider(nn.Module):
+    """Convolutions of more channels: (samples, 3, 6, 6) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 40, 3), nn.Conv2d(40, 64, 3)
+        self.three, self.head = nn.Conv2d(64, 64, 1), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.two(torch.relu(self.one(x))))
+        return self.head(torch.relu(self.three(x)).mean((2, 3)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return Wide.data(samples)
+
+
+class Unread:
+    """Calibration batches of which only the first may be looked at, for its type and shape."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield Wide.data(2)
+        raise AssertionError("calibration was read")
+
+
+def unread(example: Tensor) -> fw.Task:
+    """A task that may not be worked on."""
+    return fw.Task(example, calibration=Unread(), evaluate=lambda model: 0.0)
+
+
+def off(original: nn.Module, compressed: fw.Compressed, samples: int = 64) -> float:
+    """How far the answers are from the original's, as a share of how far those are spread; on data not seen."""
+    data = type(original).data(2 * samples)[samples:]
+    with torch.no_grad():
+        right, given = (copy.deepcopy(model).eval()(data) for model in (original, compressed.model))
+    return float((given - right).norm() / (right - right.mean(0)).norm())
+
+
+def sizes(compressed: fw.Compressed) -> dict[str, int]:
+    """The number of outputs of every layer with a weight."""
+    return {n.removesuffix(".weight"): len(p) for n, p in compressed.model.named_parameters() if p.ndim > 1}
+
+
+def notes(compressed: fw.Compressed) -> str:
+    return "\n".join(compressed.ledger.steps[-1].notes)
+
+
+def planted(*, twins: bool) -> Wide:
+    """Of the 24 channels of `one`, the first 6 are always zero; with twins, 6 are those before them once more."""
+    model = make(Wide)
+    with torch.no_grad():
+        model.norm.bias.abs_()  # of the others none is nearly always zero too
+        for tensor in (model.norm.weight, model.norm.bias):
+            tensor[:6] = 0
+        model.one.weight[:6] *= 4  # larger than the others by magnitude: only who looks at the data finds them
+        for tensor in (model.one.weight, model.one.bias, *model.norm.parameters(), *model.norm.buffers()):
+            if tensor.ndim and twins:
+                tensor[12:18] = tensor[6:12]
+    return model
+
+
+# How near the answers come
+
+
+def test_channels_that_say_nothing_are_found_and_lose_nothing():
+    model = planted(twins=False)
+    compressed = fw.compress(model, prune.Channels(ratio={"one *": 0.25}, reconstruct=False), task=task_of(model, 64))
+    (edit,) = compressed.edits
+    assert isinstance(edit, Narrow)
+    assert edit.narrowing.kept == {"one channels": tuple(range(6, 24))}
+    assert sizes(compressed) == {"one": 18, "two": 32, "hidden": 40, "head": 5}
+    assert off(model, compressed) < 1e-5
+
+
+def test_what_a_channel_said_that_another_says_too_is_taken_over_by_it():
+    model = planted(twins=True)
+    compressed = fw.compress(model, prune.Channels(ratio={"one *": 0.5}), task=task_of(model, 64))
+    (edit,) = compressed.edits
+    kept = set(edit.narrowing.kept["one channels"])
+    assert not kept & set(range(6))
+    assert all(len(kept & {n, n + 6}) == 1 for n in range(6, 12))
+    assert off(model, compressed) < 0.02
+    alone = fw.compress(model, prune.Channels(ratio={"one *": 0.5}, reconstruct=False), task=task_of(model, 64))
+    assert off(model, alone) > 10 * off(model, compressed)
+    by_chance = fw.compress(model, prune.Channels(ratio={"one *": 0.5}, score="random"), task=task_of(model, 64))
+    assert off(model, by_chance) > 5 * off(model, compressed)
+
+
+@pytest.mark.parametrize("kind", [Wide, Written, Residual, Attention], ids=lambda kind: kind.__name__)
+def test_refitted_layers_bring_the_answers_nearer(kind):
+    model = make(kind)
+    with_it, without = (
+        fw.compress(model, prune.Channels(ratio=0.3, reconstruct=reconstruct), task=task_of(model, 128))
+        for reconstruct in (None, False)
+    )
+    assert sizes(with_it) == sizes(without)
+    assert off(model, with_it) < off(model, without)
+
+
+def test_the_units_that_the_loss_misses_least_go():
+    model = make(Wide)
+    found = {
+        score: off(model, fw.compress(model, prune.Channels(ratio=0.5, score=score), task=task_of(model, 128)))
+        for score in ("loss", "random")
+    }
+    assert found["loss"] < 0.8 * found["random"], found
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_keeps_as_many(score):
+    model = make(Residual)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5, score=score), task=task_of(model))
+    (entry,) = compressed.ledger.steps
+    assert sizes(compressed) == {"stem": 8, "one": 12, "two": 8, "down": 10, "head": 7}
+    for choice in entry.choices.values():
+        kept, size = map(int, choice.chosen.setting.split(" of "))
+        assert kept == size / 2
+        losses = [point.predicted_loss for point in choice.curve]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] == 0
+
+
+def test_a_score_that_says_nothing_of_a_group_is_replaced_and_that_is_said():
+    model = make(Transformer)
+    for score, why in (("batch_norm", "no batch norm scales their units"), ("activation", "there are no statistics")):
+        compressed = fw.compress(model, prune.Channels(ratio=0.5, score=score), task=task_of(model))
+        assert f"ranked by l2, as {why}" in notes(compressed)
+    model = make(Residual)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5, score="batch_norm"), task=task_of(model))
+    assert "ranked by l2, as no batch norm scales their units: down channels" in notes(compressed)
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("select", ["optimal", "uniform"])
+@pytest.mark.parametrize("budget", [fw.Budget(macs=0.5), fw.Budget(params=0.4), fw.Budget(bytes=0.7)], ids=str)
+def test_a_budget_is_met_from_below_and_used_up(budget, select):
+    model = make(Wide)
+    task = task_of(model)
+    compressed = fw.compress(model, prune.Channels(budget=budget, select=select), task=task)
+    ((metric, share),) = budget.costs().items()
+    before, after = (profile(m, task.inputs()).total.metric(metric) for m in (model, compressed.model))
+    assert after <= share * before
+    assert after >= 0.99 * share * before or "of the limit" in notes(compressed)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_budget_of_a_wider_network_is_used_up_to_a_hundredth(share):
+    model = make(Wider)
+    task = task_of(model, 32)
+    compressed = fw.compress(model, prune.Channels(budget=fw.Budget(macs=share)), task=task)
+    before, after = (profile(m, task.inputs()).total.macs for m in (model, compressed.model))
+    assert 0.99 * share * before <= after <= share * before
+
+
+def test_two_budgets_hold_together():
+    model = make(Wide)
+    task = task_of(model)
+    compressed = fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.7, params=0.4)), task=task)
+    before, after = (profile(m, task.inputs()).total for m in (model, compressed.model))
+    assert after.macs <= 0.7 * before.macs
+    assert 0.99 * 0.4 * before.params <= after.params <= 0.4 * before.params
+
+
+def test_chosen_widths_lose_less_than_the_same_share_of_every_group():
+    model = planted(twins=True)
+    found = {}
+    for select in ("optimal", "uniform"):
+        step = prune.Channels(budget=fw.Budget(macs=0.6), select=select)
+        compressed = fw.compress(model, step, task=task_of(model, 128))
+        (entry,) = compressed.ledger.steps
+        found[select] = sum(choice.chosen.predicted_loss for choice in entry.choices.values())
+        assert entry.selected_by == select
+    assert found["optimal"] < found["uniform"]
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_slow():
+    model = make(Wide)
+    task = unread(Wide.data(1))
+    with pytest.raises(BudgetError, match=r"macs ≤ 0\.001 cannot be met: .* macs come to 0\.0\d+ of what they are"):
+        fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.001)), task=task)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.3), minimum=20), task=task)
+
+
+def test_a_budget_that_is_met_already_changes_nothing():
+    model = make(Wide)
+    with pytest.warns(NoEffect, match="its cost is better spent as it is"):
+        compressed = fw.compress(model, prune.Channels(budget=fw.Budget(macs=1.0)), task=task_of(model))
+    assert_same_state(compressed.model, model)
+
+
+# What may go
+
+
+def test_a_ratio_for_every_group_of_its_own():
+    model = make(Wide)
+    compressed = fw.compress(model, prune.Channels(ratio={"one *": 0.5, "hidden*": 0.25}), task=task_of(model))
+    assert sizes(compressed) == {"one": 12, "two": 32, "hidden": 30, "head": 5}
+    (entry,) = compressed.ledger.steps
+    assert entry.left == {"two": "nothing less was asked of it", "head": "it is the network's output"}
+    assert {name: choice.chosen.setting for name, choice in entry.choices.items()} == {
+        "one channels": "12 of 24",
+        "two channels": "as it is",
+        "hidden neurons": "30 of 40",
+    }
+
+
+def test_multiples_and_minima_are_kept_and_said():
+    model = make(Wide)
+    step = prune.Channels(ratio=0.6, multiple_of={"one*": 8, "*": 1}, minimum={"hidden*": 25, "two*": 32})
+    compressed = fw.compress(model, step, task=task_of(model))
+    assert sizes(compressed) == {"one": 8, "two": 32, "hidden": 25, "head": 5}
+    assert compressed.ledger.steps[0].left["two"] == "minimum and multiple_of allow it no other width"
+    step = prune.Channels(budget=fw.Budget(macs=0.5), multiple_of=4)
+    compressed = fw.compress(model, step, task=task_of(model))
+    assert all(size % 4 == 0 for name, size in sizes(compressed).items() if name != "head")
+
+
+def test_ignored_layers_lose_no_output_nor_does_what_goes_with_them():
+    model = make(Residual)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5, ignore=("stem",)), task=task_of(model))
+    assert sizes(compressed) == {"stem": 16, "one": 12, "two": 16, "down": 10, "head": 7}
+    assert compressed.ledger.steps[0].left == {
+        "stem": "ignored, as asked",
+        "two": "it goes with stem, which is ignored",
+        "head": "it is the network's output",
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "expected", "left"),
+    [
+        (prune.Filters, {"one": 12, "two": 16, "hidden": 40}, {"hidden": "what it makes are neurons"}),
+        (prune.Neurons, {"one": 24, "two": 32, "hidden": 20}, {"one": "what it makes are channels"}),
+        (prune.Channels, {"one": 12, "two": 16, "hidden": 20}, {}),
+    ],
+)
+def test_every_step_has_kinds_of_its_own(step, expected, left):
+    model = make(Wide)
+    compressed = fw.compress(model, step(ratio=0.5), task=task_of(model))
+    assert sizes(compressed) == {**expected, "head": 5}
+    for name, reason in left.items():
+        assert compressed.ledger.steps[0].left[name] == f"{reason}, which this step leaves alone"
+
+
+def test_heads_go_whole():
+    model = make(Attention)
+    compressed = fw.compress(model, prune.Heads(ratio=0.5), task=task_of(model))
+    narrowed = compressed.model
+    assert (narrowed.inward.weight.shape, narrowed.outward.weight.shape) == ((72, 16), (16, 24))
+    assert (narrowed.embed.weight.shape, narrowed.head.weight.shape) == ((16, 8), (3, 16))
+    (choice,) = compressed.ledger.steps[0].choices.values()
+    assert choice.chosen.setting == "3 of 6"
+
+
+def test_where_there_is_nothing_of_its_kind_that_is_said():
+    model = make(Mixed)
+    with pytest.warns(NoEffect, match="prune.Heads changed nothing: .*are neurons, which this step leaves alone"):
+        compressed = fw.compress(model, prune.Heads(budget=fw.Budget(macs=0.5)), task=task_of(model))
+    assert_same_state(compressed.model, model)
+
+
+# Settings that cannot be
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "give one of budget= and ratio="),
+        ({"budget": fw.Budget(macs=0.5), "ratio": 0.5}, "give one of budget= and ratio="),
+        ({"budget": fw.Budget(drop=0.1)}, "is no limit that widths can be chosen by"),
+        ({"budget": fw.Budget(energy=0.5)}, "energy is no cost that widths can be chosen by: use macs, params, bytes"),
+        ({"ratio": 1.0}, "ratio is 1.0: it is the share of units to remove, from 0 up to but not 1"),
+        ({"ratio": {"one *": -0.5}}, "ratio is -0.5"),
+        ({"ratio": 0.5, "score": "l3"}, "score is 'l3': use loss, lasso, l1"),
+        ({"ratio": 0.5, "select": "best"}, "select is 'best': use optimal or uniform"),
+        ({"ratio": 0.5, "multiple_of": 0}, "multiple_of is 0: it must be at least 1"),
+        ({"ratio": 0.5, "minimum": {"*": 0}}, "minimum is 0: it must be at least 1"),
+        ({"ratio": 0.5, "samples": 0}, "samples and rounds must be at least 1"),
+        ({"ratio": 0.5, "epochs": -1}, "epochs at least 0"),
+        ({"ratio": 0.5, "epochs": 1}, "epochs needs Task(train=...)"),
+        ({"ratio": 0.5, "ignore": ("heads",)}, "the pattern 'heads' matches none of 5 layers; did you mean 'head'?"),
+        ({"ratio": "half"}, "ratio is 'half', a str: it takes float"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_said_in_words(settings, said):
+    model = make(Residual)
+    problems = prune.Channels(**settings).problems(model, task_of(model))
+    assert any(said in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("settings", [{"reconstruct": True}, {"score": "lasso"}, {"score": "activation"}], ids=str)
+def test_what_needs_calibration_data_says_so(settings):
+    model = make(Residual)
+    (problem,) = prune.Channels(ratio=0.5, **settings).problems(model, fw.Task(Residual.data(1)))
+    assert "needs calibration data: give Task(calibration=...)" in problem
+
+
+@pytest.mark.parametrize("setting", ["ratio", "multiple_of", "minimum"])
+def test_a_pattern_that_matches_no_group_is_refused_before_anything_slow(setting):
+    model = make(Wide)
+    value: dict[str, float] = {"tow*": 0.5 if setting == "ratio" else 2}
+    task = unread(Wide.data(1))
+    with pytest.raises(
+        RecipeError, match=r"the pattern 'tow\*' matches none of the groups, which are one channels, two"
+    ):
+        fw.compress(model, prune.Channels(**{"ratio": 0.5, setting: value}), task=task)
+
+
+class Branching(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.sum() > 0:
+            x = -x
+        return self.head(torch.relu(self.second(x)))
+
+
+def test_a_model_without_a_graph_is_refused_with_the_line():
+    model = make(Branching)
+    task = fw.Task(Mixed.data(1), evaluate=lambda model: 0.0)
+    said = r"the graph of Branching .* cannot be captured, at test_structured\.py:\d+: its code branches on the values"
+    with pytest.raises(GraphError, match=said):
+        fw.compress(model, prune.Channels(ratio=0.5), task=task)
+
+
+def test_without_calibration_data_weights_decide_and_that_is_said():
+    model = make(Wide)
+    task = fw.Task(Wide.data(4))
+    compressed = fw.compress(model, prune.Channels(ratio=0.5), task=task)
+    assert "ranked by l2, as there are no statistics of what reads them: one channels, two channels" in notes(
+        compressed
+    )
+    by_name = fw.compress(model, prune.Channels(ratio=0.5, score="l2"), task=task)
+    assert_same_state(compressed.model, by_name.model)
+    assert "ranked by l2" not in notes(by_name)
+
+
+# Networks out of the ordinary
+
+
+class Tied(nn.Module):
+    """The classifier's weight is the embedding's, and two Linear layers share theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 11, bias=False)
+        self.embedding = nn.Embedding(11, 16)
+        self.head.weight = self.embedding.weight
+        self.one = nn.Linear(16, 24)
+        self.left = nn.Linear(24, 16)
+        self.right = nn.Linear(24, 16)
+        self.right.weight = self.left.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        y = torch.relu(self.one(x))
+        return self.head(x + self.left(y) * torch.sigmoid(self.right(y)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return torch.randint(0, 11, (samples, 6), generator=torch.Generator().manual_seed(5))
+
+
+def test_tied_weights_stay_tied_and_are_not_refitted_for_one_of_their_layers():
+    model = make(Tied)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5), task=task_of(model))
+    made = compressed.model
+    assert made.head.weight is made.embedding.weight
+    assert made.right.weight is made.left.weight
+    assert made.head.weight.shape == (11, 8)
+    (edit,) = compressed.edits
+    rows = edit.narrowing.tensors["head.weight"][1]
+    assert torch.equal(made.head.weight, model.head.weight[:, list(rows)]), "the embedding's numbers are its own"
+    assert "not refitted, though what they read was narrowed" in notes(compressed)
+    assert "that the example calls: left" in notes(compressed)
+
+
+class Twice(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(torch.relu(self.second(x)))
+
+
+def test_a_layer_called_twice_is_narrowed_and_refitted_for_both_calls():
+    model = make(Twice)
+    with_it, without = (
+        fw.compress(model, prune.Neurons(ratio=0.25, reconstruct=reconstruct), task=task_of(model, 128))
+        for reconstruct in (True, False)
+    )
+    assert sizes(with_it) == {"first": 18, "second": 18, "head": 4}
+    assert off(model, with_it) < off(model, without)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over tokens and two Linear layers behind its last answer: (samples, 5, 8) → (samples, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 20, batch_first=True)
+        self.hidden = nn.Linear(20, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(self.lstm(x)[0][:, -1])))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return Attention.data(samples)
+
+
+def test_hidden_units_of_recurrent_layers_go_in_all_their_gates():
+    model = make(Recurrent)
+    compressed = fw.compress(model, prune.Neurons(ratio=0.25), task=task_of(model, 64))
+    narrowed = compressed.model
+    assert (narrowed.lstm.hidden_size, narrowed.hidden.weight.shape) == (15, (12, 15))
+    assert narrowed.lstm.weight_ih_l0.shape == (60, 8)
+    without = fw.compress(model, prune.Neurons(ratio=0.25, reconstruct=False), task=task_of(model, 64))
+    assert off(model, compressed) < off(model, without)
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+@pytest.mark.parametrize("kind", ["own forward", "own _conv_forward", "transposed", "parametrized"])
+def test_layers_that_are_no_plain_ones_are_narrowed_and_keep_their_weights(kind):
+    model = make(Wide)
+    layers = {
+        "own forward": lambda: Doubling(24, 32, 3, padding=1),
+        "own _conv_forward": lambda: Standardised(24, 32, 3, padding=1),
+        "transposed": lambda: nn.ConvTranspose2d(24, 32, 3, padding=1),
+        "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(24, 32, 3, padding=1)),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.two = layers[kind]()
+    with torch.no_grad():  # nothing is lost with units that are always zero
+        model.norm.weight[::2] = 0
+        model.norm.bias[::2] = 0
+    step = prune.Channels(ratio={"one *": 0.5}, score="batch_norm")
+    compressed = fw.compress(model, step, task=task_of(model, 64))
+    assert sizes(compressed)["one"] == 12
+    assert "not refitted, though what they read was narrowed" in notes(compressed)
+    if kind in (
+        "own forward",
+        "transposed",
+    ):  # of the others the mean or the length of a kernel is another without them
+        assert off(model, compressed) < 1e-5
+
+
+def test_a_width_in_the_code_makes_a_graph_which_says_why_and_is_refitted(tmp_path):
+    model = make(Written)
+    compressed = fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.5)), task=task_of(model, 128))
+    assert "a captured graph, no longer of its own class: its code has sizes written into it" in notes(compressed)
+    (edit,) = compressed.edits
+    assert edit.narrowing.form == "graph"
+    assert "as a graph: its code has sizes" in edit.describe()
+    same = make(Wide)
+    module = fw.compress(same, prune.Channels(budget=fw.Budget(macs=0.5)), task=task_of(same, 128))
+    assert sizes(compressed) == sizes(module), "the same network, the same choice"
+    assert off(model, compressed) < 2 * off(same, module)
+
+
+# Run, kept, written
+
+
+@pytest.mark.parametrize("kind", [Wide, Written], ids=lambda kind: kind.__name__)
+def test_files_exports_and_training_of_both_forms(kind, tmp_path):
+    model = make(kind)
+    model.two.bias.requires_grad_(False)
+    task = task_of(model, 64, train=train)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5), task=task)
+    assert [n for n, p in compressed.model.named_parameters() if not p.requires_grad] == ["two.bias"]
+    x = kind.data(7)
+    with torch.no_grad():
+        answer = compressed.model(x)
+    compressed.save(tmp_path / "small.fw")
+    loaded = fw.load(tmp_path / "small.fw", into=make(kind, seed=1))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), answer)
+    assert list(loaded.edits) == list(compressed.edits)
+    assert compressed.export("onnx", tmp_path / "small.onnx", [x]).difference < 1e-4
+    assert compressed.export("torch_export", tmp_path / "small.pt2", [x]).difference < 1e-4
+    copied = copy.deepcopy(compressed.model).train()
+    copied(x).square().mean().backward()
+    assert all(p.grad is not None for p in copied.parameters() if p.requires_grad)
+
+
+def test_pruned_then_factorized():
+    model = make(Residual)
+    half, rest = fw.Budget(macs=0.6), fw.Budget(macs=0.4)
+    task = task_of(model, 64)
+    compressed = fw.compress(model, prune.Channels(budget=half), factorize.SpatialSVD(budget=rest), task=task)
+    first, second = compressed.ledger.steps
+    assert 0.59 * first.before.total.macs < first.after.total.macs <= 0.6 * first.before.total.macs
+    assert second.before == first.after
+    assert second.after.total.macs <= 0.4 * first.before.total.macs, "shares are of what the recipe was given"
+    assert [type(edit) for edit in compressed.edits] == [Narrow, *[Replace] * (len(compressed.edits) - 1)]
+
+
+def test_factorized_then_pruned(tmp_path):
+    model = make(Residual)
+    task = task_of(model, 64)
+    steps = factorize.SpatialSVD(ratio=0.5), prune.Channels(ratio=0.25, ignore=("down",))
+    compressed = fw.compress(model, *steps, task=task)
+    (_, entry) = compressed.ledger.steps
+    assert entry.left == {"down": "ignored, as asked", "head": "it is the network's output"}
+    pair = compressed.model.down
+    assert (pair.first.out_channels, pair.second.out_channels) == (12, 20), "an ignored layer is ignored in its parts"
+    assert compressed.model.one.second.out_channels == 18
+    compressed.save(tmp_path / "small.fw")
+    loaded = fw.load(tmp_path / "small.fw", into=make(Residual, seed=1))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(Residual.data(3)), compressed.model(Residual.data(3)))
+
+
+@pytest.mark.parametrize("kind", [Wide, Written], ids=lambda kind: kind.__name__)
+def test_a_plan_chooses_the_same_and_changes_nothing(kind):
+    model = make(kind)
+    before = copy.deepcopy(model.state_dict())
+    recipe = fw.Recipe(prune.Channels(budget=fw.Budget(macs=0.5)))
+    planned, done = recipe.plan(model, task_of(model)), recipe.run(model, task_of(model))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    (said,), (made,) = planned.steps, done.ledger.steps
+    assert said.choices == made.choices
+    assert said.after.total == made.after.total
+    assert said.edits == ()
+
+
+@pytest.mark.parametrize("kind", [Wide, Written], ids=lambda kind: kind.__name__)
+def test_a_run_goes_on_behind_the_narrowing(kind, tmp_path):
+    model = make(kind)
+    task = task_of(model)
+    steps = prune.Channels(ratio=0.5), prune.Neurons(ratio=0.5)
+    whole = fw.compress(model, *steps, task=task)
+    fw.compress(model, steps[0], task=task, folder=tmp_path)
+    kept = fw.compress(model, steps[0], task=task, folder=tmp_path)
+    again = fw.compress(model, *steps, task=task, folder=tmp_path)
+    assert again.ledger.steps[0] == kept.ledger.steps[0], "it was not done again: even its seconds are the same"
+    assert_same_state(again.model, whole.model)
+    assert again.edits == whole.edits
+    x = kind.data(3)
+    with torch.no_grad():
+        assert torch.equal(again.model(x), whole.model(x))
+
+
+def test_fine_tuning_runs_after_the_narrowing():
+    model = make(Wide)
+    widths = []
+
+    def tune(given: nn.Module, epochs: float, loss: object = None) -> None:
+        widths.append((given.one.out_channels, epochs))
+        with torch.no_grad():
+            given.head.bias.add_(1)
+
+    task = task_of(model, train=tune)
+    plain, tuned = (fw.compress(model, prune.Channels(ratio=0.5, epochs=epochs), task=task) for epochs in (0, 2))
+    assert widths == [(12, 2)]
+    assert torch.equal(tuned.model.head.bias, plain.model.head.bias + 1)
+
+
+def test_rounds_end_within_the_budget(tmp_path):
+    model = make(Wide)
+    step = prune.Channels(budget=fw.Budget(macs=0.4), rounds=3)
+    compressed = fw.compress(model, step, task=task_of(model, 64))
+    (entry,) = compressed.ledger.steps
+    assert 0.9 * 0.4 * entry.before.total.macs < entry.after.total.macs <= 0.4 * entry.before.total.macs
+    assert [type(edit) for edit in compressed.edits] == [Narrow] * 3
+    compressed.save(tmp_path / "small.fw")
+    loaded = fw.load(tmp_path / "small.fw", into=make(Wide, seed=1))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(Wide.data(3)), compressed.model(Wide.data(3)))
+
+
+def test_rounds_end_before_more_than_the_drop_is_lost():
+    model = make(Wide)
+    task = task_of(model, 64, evaluate=lambda given: sum(p.numel() for p in given.parameters()) / 10_000)
+    step = prune.Channels(budget=fw.Budget(params=0.2, drop=0.5), rounds=4)
+    compressed = fw.compress(model, step, task=task)
+    (entry,) = compressed.ledger.steps
+    assert 0 < entry.before.score - entry.after.score <= 0.5
+    assert "ended after round" in notes(compressed)
+    assert sum(p.numel() for p in compressed.model.parameters()) > 0.2 * entry.before.total.params
+
+
+def test_settings_survive_yaml():
+    recipe = fw.Recipe(
+        prune.Channels(budget=fw.Budget(macs=0.5, bytes="2 MB"), ignore=("stem", "head*"), multiple_of={"one*": 8}),
+        prune.Filters(ratio={"conv*": 0.5}, score="lasso", reconstruct=False),
+        prune.Neurons(ratio=0.25, minimum=4, samples=64, epochs=1.5),
+        prune.Heads(ratio=0.5, select="uniform"),
+    )
+    again = fw.Recipe.from_yaml(recipe.to_yaml())
+    assert again == recipe
+    assert again.steps[0].ignore == ("stem", "head*")
+
+
+@pytest.mark.parametrize("kind", [Wide, Written], ids=lambda kind: kind.__name__)
+def test_reports_say_what_was_narrowed(kind, tmp_path):
+    model = make(kind)
+    compressed = fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.5)), task=task_of(model))
+    for name in ("report.html", "report.md", "report.json"):
+        compressed.report(tmp_path / name)
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert kind.__name__ in text
+        assert "hidden neurons" in text
+    assert "prune.Channels" in str(compressed)
