@@ -36,6 +36,11 @@ class Retraining(Step):
 
     stage: ClassVar[Stage | None] = None
 
+    @staticmethod
+    def trains(model: nn.Module) -> bool:
+        """Whether there is anything to train."""
+        return any(parameter.requires_grad for parameter in model.parameters())
+
     @abstractmethod
     def retrain(self, study: Study) -> Any:
         """Train ``study.model`` in place; what the training told of itself is returned."""

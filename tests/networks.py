@@ -174,10 +174,11 @@ def task_of(model: nn.Module, samples: int = 48, **fields: object) -> fw.Task:
 
 
 def train(model: nn.Module, epochs: float, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-    """A few plain steps, with random numbers in it as every training has; towards smaller answers if nothing is said."""
+    """A few plain steps, with random numbers in it as every training has; to smaller answers if nothing is said."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     data = type(model).data(8)
+    data = data.to(next(model.parameters()).dtype) if data.is_floating_point() else data
     for _ in range(max(1, round(epochs))):
         optimizer.zero_grad()
         answer = model(data[torch.randperm(len(data))[:4]])

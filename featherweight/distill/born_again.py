@@ -39,7 +39,7 @@ class BornAgain(Retraining):
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
-        if task.train is None:
+        if task.train is None and self.trains(model):
             found.append("a network that starts anew needs labels: give Task(train=...)")
         if self.generations < 1:
             found.append(f"generations is {self.generations}: it must be at least 1")

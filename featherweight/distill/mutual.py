@@ -65,7 +65,7 @@ class Mutual(Retraining):
         found = super().problems(model, task)
         if found:
             return found
-        if task.train is None:
+        if task.train is None and self.trains(model):
             found.append("networks that learn from each other need labels: give Task(train=...)")
         named = self.peers if isinstance(self.peers, tuple) else (self.peers,)
         number = isinstance(self.peers, int) and not isinstance(self.peers, bool)
@@ -84,7 +84,7 @@ class Mutual(Retraining):
         Raises:
             TaskError: they do not take the same inputs, or do not give the same outputs.
         """
-        if any(p.requires_grad for p in study.model.parameters()):
+        if self.trains(study.model):
             self._loss(study).close()
 
     def retrain(self, study: Study) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from featherweight.batch import device_of
@@ -94,20 +95,19 @@ class Offline(Retraining):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 found.append(f"{name} is {value}: it must be 0 or more")
-        if task.train is None and not task.has_calibration:
+        if task.train is None and not task.has_calibration and self.trains(model):
             found.append("there is nothing to learn from: give Task(train=...), or calibration data")
         if task.train is None and self.hard:
             found.append(f"hard is {self.hard}, but without Task(train=...) there are no labels: leave it out")
-        if not found and isinstance(model, nn.Module):
-            found += self._misfits(model, task)
+        if not found and self.trains(model):
+            with torch.random.fork_rng(devices=()):  # adapters draw their first values
+                found += self._misfits(model, task)
         return found
 
     def _misfits(self, model: nn.Module, task: Task) -> list[str]:
         """What is wrong between the network as given and networks that are named as its teachers."""
         named = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
         teachers = [t for t in named if isinstance(t, nn.Module)]
-        if not any(p.requires_grad for p in model.parameters()):
-            return []
         try:
             student = working_copy(model)
             others = [working_copy(t) for t in teachers] or [working_copy(model)]
@@ -122,7 +122,7 @@ class Offline(Retraining):
         Raises:
             TaskError: they do not fit each other, or a pattern matches no layer.
         """
-        if any(p.requires_grad for p in study.model.parameters()):
+        if self.trains(study.model):
             self._loss(study.model, self._teachers(study), study.task, None).close(finish=False)
 
     def retrain(self, study: Study) -> Any:

@@ -52,7 +52,7 @@ class SelfDistill(Retraining):
         found = super().problems(model, task)
         if found:
             return found
-        if task.train is None:
+        if task.train is None and self.trains(model):
             found.append("heads learn from labels: give Task(train=...)")
         if not self.heads or (isinstance(self.heads, int) and self.heads < 1):
             found.append(f"heads is {self.heads!r}: it must be at least 1, or patterns of layers")
@@ -68,7 +68,7 @@ class SelfDistill(Retraining):
         Raises:
             TaskError: nowhere, or the network is no classifier.
         """
-        if any(p.requires_grad for p in study.model.parameters()):
+        if self.trains(study.model):
             self._loss(study).close()
 
     def retrain(self, study: Study) -> Any:

@@ -23,7 +23,7 @@ class FineTune(Retraining):
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
-        if task.train is None:
+        if task.train is None and self.trains(model):
             found.append("there is nothing to train with: give Task(train=...)")
         return found
 
