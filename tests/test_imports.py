@@ -27,6 +27,7 @@ LAYERS = (
     ("artifact", "export", "report"),
     ("compressed",),
     ("inspection", "recipe"),
+    ("compact",),
     ("__init__",),
     ("cli", "__main__"),
 )
