@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from featherweight.batch import Inputs, as_inputs, device_of, mode
 from featherweight.distill.cache import Cache, keys_of
 from featherweight.distill.term import Given, Scene, Term, masked_by
-from featherweight.distill.watching import Answer, LastCall, Tap, Watch, look, outputs_of
+from featherweight.distill.watching import Answer, LastCall, Tap, Watch, classes_in, look, outputs_of
 from featherweight.errors import TaskError
-from featherweight.score import class_dimension
 from featherweight.task import Loss, fingerprint
 from featherweight.train.evaluate import loss_of
 
@@ -239,7 +238,7 @@ class Distillation:
         mine = look(self.student, example, "the student")
         self._call.forget()
         if self._hard is None:
-            classes = class_dimension(mine.raw, self.task_loss)
+            classes = classes_in(mine, self.task_loss)
             self._hard = 0.0 if self.task_loss is None and classes is None else 1.0
         own: list[Tap] = []
         self._watches = [Watch(self.student, [])]

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from featherweight.batch import Inputs
 from featherweight.distill.distillation import part_of
-from featherweight.distill.watching import LastCall, look
+from featherweight.distill.watching import LastCall, classes_in, look
 from featherweight.errors import TaskError
-from featherweight.score import class_dimension
 from featherweight.task import Loss
 from featherweight.train.evaluate import loss_of
 
@@ -86,6 +85,6 @@ class OnlineLoss(ABC):
 
 def unknown_loss(student: nn.Module, example: Inputs, task_loss: Loss | None) -> str | None:
     """What to say where nothing tells the loss that networks are to learn by; None where it is known."""
-    if task_loss is not None or class_dimension(look(student, example, "the student").raw, None) is not None:
+    if task_loss is not None or classes_in(look(student, example, "the student"), None) is not None:
         return None
     return "the network is no classifier, so its loss has to be told: give Task(loss=...)"

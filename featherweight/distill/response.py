@@ -18,11 +18,10 @@ from torch import Tensor
 from featherweight.batch import describe
 from featherweight.distill.offline import Offline, each
 from featherweight.distill.term import Given, Scene, Term, check_alike, counted
-from featherweight.distill.watching import Answer
+from featherweight.distill.watching import Answer, classes_in
 from featherweight.errors import TaskError
 from featherweight.layers import PerLayer, for_layer, unmatched
 from featherweight.matching import decoupled, relation_of_classes, relative_error, soft_targets, standardized
-from featherweight.score import class_dimension
 
 KINDS = ("soft_targets", "decoupled", "dist", "error")
 
@@ -59,7 +58,7 @@ class Response(Offline):
         names = list(scene.mine.outputs)
         if isinstance(self.by, Mapping) and (wrong := unmatched(self.by, names)):
             raise TaskError("; ".join(wrong).replace("layers", "outputs"))
-        dim = class_dimension(scene.mine.raw, scene.loss)
+        dim = classes_in(scene.mine, scene.loss)
         by = {}
         for name, tensor in scene.mine.outputs.items():
             chosen = for_layer(self.by, name, default=None)

@@ -18,11 +18,10 @@ from featherweight.batch import Inputs, describe, device_of
 from featherweight.distill.learning import learn
 from featherweight.distill.online import OnlineLoss
 from featherweight.distill.pairing import called, channel_dim, channels_last, shallow, tap_of_inputs
-from featherweight.distill.watching import Look, Tap, Watch, look
+from featherweight.distill.watching import Look, Tap, Watch, classes_in, look
 from featherweight.errors import TaskError
 from featherweight.matching import relative_error, soft_targets
 from featherweight.retraining import Retraining
-from featherweight.score import class_dimension
 from featherweight.study import Study
 from featherweight.task import Loss, Task
 
@@ -97,7 +96,7 @@ class SelfLoss(OnlineLoss):
     def __init__(self, student: nn.Module, step: SelfDistill, example: Inputs, task_loss: Loss | None = None) -> None:
         seen = look(student, example, "the student")
         logits = next(iter(seen.outputs.values()), None)
-        classifier = callable(task_loss) or class_dimension(seen.raw, task_loss) is not None
+        classifier = callable(task_loss) or classes_in(seen, task_loss) is not None
         if logits is None or logits.ndim != 2 or len(seen.outputs) > 1 or not classifier:
             given = ", ".join(describe(t) for t in seen.outputs.values()) or "nothing"
             raise TaskError(

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from featherweight.batch import Inputs, device_of, mode, named_tensors, tensors_in
 from featherweight.errors import TaskError
-from featherweight.task import first_line
+from featherweight.score import class_dimension
+from featherweight.task import Loss, first_line
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ def look(network: nn.Module, example: Inputs, who: str) -> Look:
         for handle in handles:
             handle.remove()
     return Look(raw, outputs_of(raw), calls)
+
+
+def classes_in(look: Look, loss: Loss | None) -> int | None:
+    """The dimension of a classifier's logits that holds its classes; None for what is no classifier."""
+    if isinstance(getattr(look.raw, "logits", None), Tensor):
+        return -1
+    return class_dimension(look.raw, loss)
 
 
 class Watch:
