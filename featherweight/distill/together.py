@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -63,8 +63,10 @@ class Together(Offline):
             found.append("weight is of a part: give it there")
         if found:
             return found
+        shared = {name: getattr(self, name) for name in SHARED}
         for kind in self.kinds:
-            found += [f"{kind.name}: {p}" for p in kind.problems(model, task) if p not in found]
+            problems = replace(kind, **shared).problems(model, task)
+            found += [f"{kind.name}: {problem}" for problem in problems]
         return found or super().problems(model, task)
 
 
