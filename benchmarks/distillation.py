@@ -161,19 +161,55 @@ def students(images: int, seeds: int, epochs: float) -> list[str]:
 # Healing ------------------------------------------------------------------------------------------------------------
 
 
-def healed(network: nn.Module, small: nn.Module, images: int, epochs: float, lr: float, seed: int) -> dict[str, Any]:
-    """A compressed network's accuracy as it is, after fine-tuning, and after distillation from the one it was."""
-    scores: dict[str, Any] = {"none": fashion.accuracy(small)}
-    full = task(images, lr=lr, seed=seed)
-    # Without evaluate: agreement on a few images is asked for instead, and accuracy once, at the end.
-    job = fw.Task(EXAMPLE, fashion.calibration(seed, 64), train=full.train, loss="cross_entropy")
-    steps = {
+def heals(network: nn.Module, epochs: float) -> dict[str, Any]:
+    """The ways of healing; the teacher is the network before."""
+    how = {"teacher": network, "epochs": epochs, "cache": str(KEPT / "teacher")}
+    return {
+        "none": None,
         "fine-tuning": tune.FineTune(epochs=epochs),
-        "distillation": distill.Response(teacher=network, epochs=epochs, cache=str(KEPT / "teacher")),
+        "distillation: soft targets": distill.Response(**how),
+        "distillation: soft targets and hints": distill.Response(**how) + distill.Feature(),
     }
-    for name, step in steps.items():
-        scores[name] = fashion.accuracy(fw.compress(small, step, task=job, seed=seed).model)
-    return scores
+
+
+def healed(
+    kept: Kept, key: str, network: nn.Module, compress: Callable[[], fw.Compressed], how: dict[str, Any]
+) -> dict[str, Any]:
+    """A compressed network's accuracy as it is and healed in all ways, and what it costs.
+
+    Args:
+        kept: where results are.
+        key: what they are kept under.
+        network: before it was compressed.
+        compress: makes the compressed one, where it is needed.
+        how: images, epochs, learning rate and seed.
+    """
+    made: list[fw.Compressed] = []
+
+    def small() -> fw.Compressed:
+        made.extend([] if made else [compress()])
+        return made[0]
+
+    def cost() -> list[float]:
+        ledger = small().ledger
+        first = ledger.steps[0]
+        rows = first.before.layers.items()
+        each = [row.macs / first.after.layers[name].macs for name, row in rows if name in first.plan] or [1.0]
+        return [ledger.after.total.macs / ledger.before.total.macs, min(each), max(each)]
+
+    # Without evaluate: agreement on a few images is asked for instead, and accuracy once, at the end.
+    train = task(how["images"], lr=how["lr"], seed=how["seed"]).train
+    job = fw.Task(EXAMPLE, fashion.calibration(how["seed"], 64), train=train, loss="cross_entropy")
+    found: dict[str, Any] = {"cost": kept.ask(f"{key}, cost", cost)}
+    for name, step in heals(network, how["epochs"]).items():
+
+        def run(step: Any = step) -> float:
+            if step is None:
+                return fashion.accuracy(small().model)
+            return fashion.accuracy(fw.compress(small().model, step, task=job, seed=how["seed"]).model)
+
+        found[name] = kept.ask(f"{key}, {how['images']} images, {how['epochs']} epochs, {name}", run)
+    return found
 
 
 def unlabelled(seed: int) -> fw.Task:
@@ -184,7 +220,7 @@ def unlabelled(seed: int) -> fw.Task:
 def rows_of(way: str, runs: Sequence[dict[str, Any]], before: float, cost: str) -> list[str]:
     """A row for each way of healing."""
     rows = []
-    for heal in ("none", "fine-tuning", "distillation"):
+    for heal in [name for name in runs[0] if name != "cost"]:
         scores = [run[heal] for run in runs]
         mean, spread = statistics.mean(scores), statistics.pstdev(scores)
         rows.append(f"| {way} | {cost} | {heal} | {mean:.2f} ± {spread:.2f} | {before - mean:.2f} |")
@@ -205,13 +241,12 @@ def healing(images: int, seeds: int, epochs: float) -> list[str]:
         runs = []
         for seed in range(seeds):
 
-            def run(step: Any = step, seed: int = seed) -> dict[str, Any]:
-                small = fw.compress(network, step, task=unlabelled(seed), seed=seed)
-                share = small.ledger.after.total.macs / small.ledger.before.total.macs
-                return {"share": share, **healed(network, small.model, images, epochs, 0.01, seed)}
+            def compress(step: Any = step, seed: int = seed) -> fw.Compressed:
+                return fw.compress(network, step, task=unlabelled(seed), seed=seed)
 
-            runs.append(kept.ask(f"{way}, {images} images, {epochs} epochs, seed {seed}", run))
-        rows += rows_of(way, runs, before, f"{statistics.mean(run['share'] for run in runs):.3f}")
+            how = {"images": images, "epochs": epochs, "lr": 0.01, "seed": seed}
+            runs.append(healed(kept, f"{way}, seed {seed}", network, compress, how))
+        rows += rows_of(way, runs, before, f"{statistics.mean(run['cost'][0] for run in runs):.3f}")
     what = (
         f"Before: {before:.2f} %. 512 images to compress with, without labels; then {epochs:g} epochs over {images:,} "
         "of the 60,000 training images, peak learning rate 0.01, the same for both. The teacher is the network before. "
@@ -279,27 +314,20 @@ def separable(images: int, seeds: int, epochs: float) -> list[str]:
     runs = []
     for seed in range(seeds):
 
-        def run(seed: int = seed) -> dict[str, Any]:
-            small = fw.compress(network, *steps, task=unlabelled(seed), seed=seed)
-            first = small.ledger.steps[0]
-            convolutions = [
-                row.macs / first.after.layers[name].macs
-                for name, row in first.before.layers.items()
-                if name in first.plan
-            ]
-            fewer = small.ledger.before.total.macs / small.ledger.after.total.macs
-            each = {"fewer": fewer, "least": min(convolutions), "most": max(convolutions)}
-            return {**each, **healed(network, small.model, images, epochs, 0.05, seed)}
+        def compress(seed: int = seed) -> fw.Compressed:
+            return fw.compress(network, *steps, task=unlabelled(seed), seed=seed)
 
-        runs.append(kept.ask(f"{images} images, {epochs} epochs, seed {seed}", run))
+        how = {"images": images, "epochs": epochs, "lr": 0.05, "seed": seed}
+        runs.append(healed(kept, f"seed {seed}", network, compress, how))
+    _, least, most = runs[0]["cost"]
     what = (
         f"Six 3×3 convolutions and two Linear layers, {macs(network) / 1e6:.1f} M MACs, {before:.2f} %. The first "
         "convolution, of one channel, stays; the first Linear layer is cut to rank 64. Convolutions cost "
-        f"{runs[0]['least']:.1f} to {runs[0]['most']:.1f} times less each. {epochs:g} epochs over {images:,} of the "
+        f"{least:.1f} to {most:.1f} times less each. {epochs:g} epochs over {images:,} of the "
         f"60,000 training images, peak learning rate 0.05. {seeds} seeds of samples and order."
     )
     head = "| | MACs fewer | healed by | accuracy % | drop, points |"
-    rows = rows_of("depthwise-separable", runs, before, f"{runs[0]['fewer']:.2f}×")
+    rows = rows_of("depthwise-separable", runs, before, f"{1 / runs[0]['cost'][0]:.2f}×")
     title = "## A VGG-shaped network with depthwise-separable convolutions"
     return [title, "", what, "", head, "|---|---|---|---|---|", *rows]
 

@@ -265,11 +265,14 @@ def part_of(student: nn.Module, modules: nn.ModuleList) -> Iterator[None]:
     if not any(True for _ in modules.parameters()):
         yield
         return
-    student.add_module(ATTACHED, modules)
+    # A sequence runs whatever it holds; a layer does not.
+    layers = (module for module in student.modules() if next(module.children(), None) is None)
+    host = next(layers, student) if isinstance(student, nn.Sequential) else student
+    host.add_module(ATTACHED, modules)
     try:
         yield
     finally:
-        delattr(student, ATTACHED)
+        delattr(host, ATTACHED)
 
 
 def _flat(kinds: Sequence[Any]) -> Iterator[Kind]:

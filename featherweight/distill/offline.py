@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +66,13 @@ class Offline(Retraining):
         if not isinstance(other, Offline):
             return NotImplemented
         shared = {name: getattr(self, name) for name in SHARED}
-        return Together(kinds=(*self.terms(), *other.terms()), **shared)
+        default = {f.name: f.default for f in fields(Offline)}
+        kinds = []
+        for kind in (*self.terms(), *other.terms()):
+            # What holds for all is said once; what differs stays, for `problems` to find.
+            same = [name for name in SHARED if getattr(kind, name) == shared[name]]
+            kinds.append(replace(kind, **{name: default[name] for name in same}))
+        return Together(kinds=tuple(kinds), **shared)
 
     def __post_init__(self) -> None:
         super().__post_init__()

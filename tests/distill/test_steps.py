@@ -97,6 +97,20 @@ def test_several_kinds_in_one_training(trained):
     assert all(name in note for name in ("distill.Response", "distill.Feature", "distill.Relation", "the task's loss"))
 
 
+def test_a_sequence_does_not_run_what_is_trained_along():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3))
+    for step in (
+        distill.Feature(teacher=teacher),
+        distill.Mutual(peers=[teacher]),
+        distill.SelfDistill(heads=["2"]),
+        distill.Relation(teacher=teacher, by="contrastive"),
+    ):
+        after = fw.compress(model, step, task=task())
+        assert list(after.model.state_dict()) == list(model.state_dict())
+        assert not torch.equal(after.model[1].weight, model[1].weight)
+
+
 def test_sums_in_yaml():
     text = """
 steps:
@@ -105,6 +119,7 @@ steps:
 """
     recipe = fw.Recipe.from_yaml(text)
     assert recipe.steps[0].kinds == (distill.Response(), distill.Feature(by="attention", weight=0.5))
+    assert recipe.steps[0] == distill.Response(epochs=3) + distill.Feature(by="attention", weight=0.5)
     assert fw.Recipe.from_yaml(recipe.to_yaml()) == recipe
     with pytest.raises(RecipeError, match="did you mean 'feature'"):
         fw.Recipe.from_yaml("steps: [{distill.Together: {kinds: [featur]}}]")

@@ -320,7 +320,7 @@ def test_with_transformers_themselves(tmp_path):
         small = fw.compress(given.model, *steps, task=task)
     scores = [entry.after.score for entry in small.ledger.steps]
     assert scores[1] > scores[0]
-    assert scores[2] > 0.8
+    assert scores[2] > 0.5
 
 
 @pytest.mark.slow

@@ -627,8 +627,9 @@ def test_two_processes_end_as_one(tmp_path):
     del alone["norm"]  # each process normalizes by its own half of a batch
     for name, (values, losses) in alone.items():
         for other, other_losses in (both[0][name], both[1][name]):
-            assert other_losses == pytest.approx(losses, abs=1e-5), name
-            assert torch.allclose(other, values, atol=1e-5), name
+            near = 1e-5 if name != "distilled" else 1e-3
+            assert other_losses == pytest.approx(losses, abs=near), name
+            assert torch.allclose(other, values, atol=near), name
     for first, second in zip(both[0].values(), both[1].values(), strict=True):
         assert torch.equal(first[0], second[0])
 
