@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from featherweight.errors import ArtifactError, EditError, did_you_mean
-from featherweight.forms import Form
+from featherweight.forms import Constraint, Form
 from featherweight.graph import GraphError, Narrowing
 
 
@@ -69,6 +69,38 @@ class Replace(Edit):
 
 
 @dataclass(frozen=True)
+class Constrain(Edit):
+    """Confine the values of one tensor of a layer, above the constraints that are on it.
+
+    Attributes:
+        layer: the layer's name.
+        constraint: what to confine its tensor to.
+        values: the layer's whole state dict afterwards; None leaves it as it is, for a state dict loaded later.
+    """
+
+    layer: str
+    constraint: Constraint
+    values: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        layer = find(model, self.layer)
+        made = self.constraint.put_on(layer)
+        if self.values is not None:
+            try:
+                layer.load_state_dict(dict(self.values))
+            except RuntimeError as error:
+                raise EditError(f"the values for {self.layer!r} are not those of {self.constraint}: {error}") from error
+            made.check(getattr(layer, self.constraint.tensor).shape)
+        return model
+
+    def describe(self) -> str:
+        return f"{self.layer}: {self.constraint}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edit": "Constrain", "layer": self.layer, "constraint": self.constraint.to_json()}
+
+
+@dataclass(frozen=True)
 class Leave(Edit):
     """Leave a layer as it is, and say why.
 
@@ -114,6 +146,11 @@ class Narrow(Edit):
         return {"edit": "Narrow", "narrowing": self.narrowing.to_json()}
 
 
+def remade(layer: str, form: Form, values: Mapping[str, Tensor] | None = None) -> Replace | Constrain:
+    """The edit that gives a layer this form: in its place, or on one of its tensors."""
+    return Constrain(layer, form, values) if isinstance(form, Constraint) else Replace(layer, form, values)
+
+
 def from_json(data: Mapping[str, Any]) -> Edit:
     """The edit back from its JSON.
 
@@ -123,6 +160,10 @@ def from_json(data: Mapping[str, Any]) -> Edit:
     match data:
         case {"edit": "Replace", "layer": str(layer), "form": Mapping() as form, **rest} if not rest:
             return Replace(layer, Form.from_json(form))
+        case {"edit": "Constrain", "layer": str(layer), "constraint": Mapping() as form, **rest} if not rest:
+            constraint = Form.from_json(form)
+            if isinstance(constraint, Constraint):
+                return Constrain(layer, constraint)
         case {"edit": "Leave", "layer": str(layer), "reason": str(reason), **rest} if not rest:
             return Leave(layer, reason)
         case {"edit": "Narrow", "narrowing": Mapping() as narrowing, **rest} if not rest:

@@ -19,6 +19,7 @@ from featherweight.batch import Inputs
 from featherweight.errors import ExportError, did_you_mean
 from featherweight.export import onnx, torch_export
 from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, warn_fixed
+from featherweight.forms import released
 from featherweight.ledger import Check
 
 # Of the largest answer. Runtimes order sums differently and fuse operations, so a network's answers differ by a few
@@ -67,14 +68,14 @@ def export(
         ExportError: there is no such format, or the model cannot be exported, or the file does not answer as the model.
     """
     write, load = _format(format)
-    inputs = inputs.on(model)
+    inputs, plain = inputs.on(model), released(model)
     real = [given.on(model) for given in batches or ()]
     same_size = [given for given in real if given.batch_size == inputs.batch_size]
     made_up = [varied(inputs, size) for size in (1, inputs.batch_size + 2)]
 
     with draft(path) as file:
         held = partial(check, model, format=format, path=file, tolerance=tolerance)
-        program = capture(model, inputs, dynamic_batch=dynamic_batch)
+        program = capture(plain, inputs, dynamic_batch=dynamic_batch)
         write(program, file)
         answering = load(file)
         if not has_dynamic_batch(program):
@@ -82,7 +83,7 @@ def export(
         try:
             return held(answering, [inputs, *real, *made_up])
         except ExportError as error:
-            write(capture(model, inputs, dynamic_batch=False), file)
+            write(capture(plain, inputs, dynamic_batch=False), file)
             found = held(load(file), [inputs, *same_size])
             warn_fixed(model, inputs, first_line(error))
             return found
