@@ -1,6 +1,8 @@
 """Featherweight: make a trained network cheaper to run, and prove that it still does its job."""
 
 from featherweight import factorize as factorize
+from featherweight.compact import resolutions as resolutions
+from featherweight.compact import widen as widen
 from featherweight.compressed import Compressed as Compressed
 from featherweight.compressed import load as load
 from featherweight.inspection import compare as compare

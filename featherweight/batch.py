@@ -101,6 +101,30 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def named_tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor in nested tuples, lists, dicts, dataclasses and model outputs, by where it is, such as ``0.boxes``.
+
+    A tensor by itself is called ``output``.
+    """
+    if isinstance(value, Tensor):
+        return {name or "output": value}
+    if isinstance(value, Mapping):
+        parts = {str(key): item for key, item in value.items()}
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        parts = {key: getattr(value, key) for key in value.__dataclass_fields__}
+    elif hasattr(value, "_fields"):  # a named tuple
+        parts = {key: getattr(value, key) for key in value._fields}
+    elif isinstance(value, tuple | list):
+        parts = {str(index): item for index, item in enumerate(value)}
+    else:
+        parts = getattr(value, "__dict__", {})
+    return {
+        path: tensor
+        for key, item in parts.items()
+        for path, tensor in named_tensors(item, f"{name}.{key}" if name else key).items()
+    }
+
+
 def sketch(inputs: Inputs) -> dict[str, Any]:
     """The shapes, types and ranges of inputs as JSON-ready data, without their values."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,18 +96,34 @@ def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: S
     return (then - now).to(bias.dtype)
 
 
-def finetune(model: nn.Module, task: Task, epochs: float) -> None:
+def finetune(
+    model: nn.Module,
+    task: Task,
+    epochs: float,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """Train the model in place with the task's own function.
 
+    Args:
+        model: the network.
+        task: whose ``train`` does it.
+        epochs: how long.
+        loss: instead of the task's own.
+        options: what ``train`` is given besides.
+    Returns:
+        What ``train`` returned.
     Raises:
         TaskError: train raised, or left values that are not finite.
     """
     assert task.train is not None
+    given = {**({} if loss is None else {"loss": loss}), **(options or {})}
     try:
-        task.train(model, epochs)
+        done = task.train(model, epochs, **given)
     except TaskError:
         raise
     except Exception as error:
         raise TaskError(f"train(model, {epochs}) raised {type(error).__name__}: {error}") from error
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise TaskError(f"train(model, {epochs}) left NaN or infinite weights: lower its learning rate")
+    return done

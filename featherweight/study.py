@@ -35,6 +35,8 @@ class Study:
         notes: what the step wants the user to know, a sentence each.
         findings: what the step wants in the ledger beside its edits, by field of the ledger's entry.
         worked_out: what the step has found out when it was checked, and need not find out again.
+        given: the network that the recipe was given, the caller's own: to be copied, never to be run or changed.
+        trained: whether the step has trained the model: then values have changed that no edit tells of.
     """
 
     model: nn.Module
@@ -47,6 +49,8 @@ class Study:
     notes: list[str] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
     worked_out: dict[str, Any] = field(default_factory=dict)
+    given: nn.Module | None = None
+    trained: bool = False
 
     def again(self) -> Study:
         """A study of the model as it has become, for a step that works in rounds; notes and findings go on."""

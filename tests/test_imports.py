@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "featherweight"
 
 # Bottom to top. A room (a file or folder of the package) imports from rows above its own only, never from its own row.
 LAYERS = (
-    ("errors", "settings"),
+    ("errors", "matching", "settings"),
     ("files",),
     ("batch", "ledger", "progress"),
     ("forms", "graph"),
@@ -22,11 +22,12 @@ LAYERS = (
     ("cost", "curvature", "layers"),
     ("mend", "snapshot", "study"),
     ("search", "step"),
-    ("layerwise",),
-    ("factorize", "prune"),  # the verb folders
+    ("layerwise", "retraining"),
+    ("distill", "factorize", "prune", "tune"),  # the verb folders
     ("artifact", "export", "report"),
     ("compressed",),
     ("inspection", "recipe"),
+    ("compact",),
     ("__init__",),
     ("cli", "__main__"),
 )

@@ -155,8 +155,8 @@ def _undrawn(kind: type[Any]) -> type[Any]:
     return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
 
 
-def inherit(pair: LinearPair | ConvPair, layer: nn.Module) -> None:
-    """Give the pair the layer's training flag, and let its factors be trained where the layer's parameters are."""
+def inherit(pair: FormModule, layer: nn.Module) -> None:
+    """Give what replaces a layer its training flag, and let its factors be trained where the layer's parameters are."""
     trained = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
     weight_trained = next((on for name, on in trained.items() if name != "bias"), True)
     for name, parameter in pair.named_parameters():

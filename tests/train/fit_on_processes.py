@@ -41,12 +41,14 @@ def loaders() -> dict[str, Iterable[Any]]:
 def train_all(folder: Path) -> dict[str, tuple[Tensor, list[float]]]:
     """Every loader's name, with the values of a linear layer trained on it and the losses on the way.
 
-    Two more: ``norm`` has batch norms, whose statistics differ among processes, and ``killed`` dies on the way and is
-    started again from its checkpoint in `folder`.
+    More: ``norm`` has batch norms, whose statistics differ among processes, ``killed`` dies on the way and is started
+    again from its checkpoint in `folder`, and ``averaged`` uses what else there is.
     """
     given = loaders()
     results = {name: train(nn.Linear(6, 3), loader) for name, loader in given.items()}
     results["norm"] = train(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), given["list"])
+    more = {"accumulate": 2, "ema": 0.9, "keep_best": True, "optimizer": "AdamW", "evaluate": size}
+    results["averaged"] = train(nn.Linear(6, 3), given["odd"], **more)
     with suppress(TaskError):
         train(nn.Linear(6, 3), given["shuffled"], dies_at=6, checkpoint=folder)
     results["killed"] = train(nn.Linear(6, 3), given["shuffled"], checkpoint=folder)
@@ -68,6 +70,11 @@ def train(model: nn.Module, loader: Iterable[Any], dies_at: int = -1, **settings
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
     history = fit(model, loader, epochs=2.5, loss=entropy, lr=0.1, clip=1.0, **settings)
     return torch.cat([t.detach().flatten().float() for t in model.state_dict().values()]), list(history.losses)
+
+
+def size(model: nn.Module) -> float:
+    """A score that rises and falls on the way."""
+    return float(torch.stack([p.square().sum() for p in model.parameters()]).sum().sin())
 
 
 if __name__ == "__main__":
