@@ -14,9 +14,11 @@ from featherweight.forms.gone import Gone, Removed
 from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
+from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
 from featherweight.forms.separable import Separable
 
 __all__ = [
+    "BlockMask",
     "Constrained",
     "Constraint",
     "ConvPair",
@@ -28,12 +30,17 @@ __all__ = [
     "LowRank",
     "Mask",
     "Masked",
+    "Pattern",
+    "Patterned",
     "Removed",
     "Separable",
     "Stored",
     "constrained_tensors",
     "constraints_on",
+    "in_blocks",
+    "in_runs",
     "is_layer",
+    "out_of_blocks",
     "released",
     "stored",
     "without_data",
