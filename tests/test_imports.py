@@ -23,7 +23,7 @@ LAYERS = (
     ("mend", "snapshot", "study"),
     ("search", "step"),
     ("layerwise",),
-    ("factorize", "prune"),  # the verb folders
+    ("factorize", "prune", "share"),  # the verb folders
     ("artifact", "export", "report"),
     ("compressed",),
     ("inspection", "recipe"),

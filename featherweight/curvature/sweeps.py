@@ -19,10 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.solve import DAMPING, damp, least_squares, root
+from featherweight.forms import Layer
 
 # Of the mean diagonal, where weights are moved: what the data hardly excites must not carry the error away (SparseGPT
 # and GPTQ take 0.01).
@@ -70,6 +71,17 @@ def matrix(weight: Tensor, groups: int, seen: Statistics | None) -> Matrix:
     if seen.cross is not None:
         flat = least_squares(gram, seen.cross.to(flat), RIDGE, prior=flat)
     return Matrix(flat, gram, _by_group(seen.gradients, groups, flat), seen.positions)
+
+
+def of_layer(layer: Layer, seen: Statistics | None) -> Matrix:
+    """A layer as matrices; where it has a bias that will be corrected, with moments about the means."""
+    seen = seen if seen is None or layer.bias is None else seen.centred()
+    return matrix(layer.weight, groups_of(layer), seen)
+
+
+def groups_of(layer: Layer) -> int:
+    """The groups of a convolution; 1 for a Linear."""
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
 def loss(of: Matrix, replaced: Tensor) -> float:
@@ -216,6 +228,36 @@ def sweep(weight: Tensor, gram: Tensor, choose: Choose, block: int = BLOCK) -> t
             lost[..., i] = error
         weight[..., here.stop :] -= lost @ upper[:, here, here.stop :]
     return weight.masked_fill(~stay, 0), stay
+
+
+def rounded(weight: Tensor, gram: Tensor, value: Callable[[Tensor, int], Tensor], block: int = BLOCK) -> Tensor:
+    """Give weights other values column by column, every error made up for by the columns behind it (GPTQ).
+
+    Frantar et al., 2023, section 3, arxiv.org/abs/2210.17323.
+
+    Args:
+        weight: (groups, outputs, d).
+        gram: (groups, d, d).
+        value: what a column's weights become, (groups, outputs) → the same, given the column's index.
+        block: columns after which errors are handed on to all columns behind them.
+    Returns:
+        (groups, outputs, d).
+    """
+    upper: Tensor = torch.linalg.cholesky(inverse(gram), upper=True)
+    weight = weight.double().clone()
+    width = weight.shape[2]
+    for start in range(0, width, block):
+        here = slice(start, min(start + block, width))
+        part, pivots = weight[..., here], upper[:, here, here]
+        lost = torch.zeros_like(part)
+        for i in range(part.shape[2]):
+            found = value(part[..., i], start + i)
+            error = (part[..., i] - found) / pivots[:, i, i, None]
+            part[..., i + 1 :] -= error[..., None] * pivots[:, None, i, i + 1 :]
+            part[..., i] = found
+            lost[..., i] = error
+        weight[..., here.stop :] -= lost @ upper[:, here, here.stop :]
+    return weight
 
 
 def refit(weight: Tensor, gram: Tensor, stay: Tensor, start: Tensor, steps: int = 64) -> Tensor:

@@ -1,9 +1,11 @@
 """What compressed layers are made of. Loading a file needs these and no technique."""
 
+from featherweight.forms.codebook import Codebook, Shared
 from featherweight.forms.constraint import (
     Constrained,
     Constraint,
     Stored,
+    beneath,
     constrained_tensors,
     constraints_on,
     released,
@@ -19,6 +21,7 @@ from featherweight.forms.separable import Separable
 
 __all__ = [
     "BlockMask",
+    "Codebook",
     "Constrained",
     "Constraint",
     "ConvPair",
@@ -34,7 +37,9 @@ __all__ = [
     "Patterned",
     "Removed",
     "Separable",
+    "Shared",
     "Stored",
+    "beneath",
     "constrained_tensors",
     "constraints_on",
     "in_blocks",

@@ -23,13 +23,13 @@ from featherweight.batch import mode
 from featherweight.curvature import sweeps
 from featherweight.curvature.gram import Statistics
 from featherweight.edits import Edit, Leave, remade
-from featherweight.forms import BlockMask, Constraint, Form, Layer, Mask
+from featherweight.forms import BlockMask, Constraint, Layer, Mask, beneath
 from featherweight.forms.pattern import WHOLE
 from featherweight.layers import PerLayer, for_layer
 from featherweight.layerwise import _Bench
 from featherweight.mend import finetune
 from featherweight.prune import schedules
-from featherweight.prune.sparsity import Unstructured, as_matrix, beneath
+from featherweight.prune.sparsity import Unstructured
 from featherweight.search.options import Plan
 from featherweight.study import Study
 from featherweight.task import Task
@@ -114,7 +114,7 @@ class Magnitude(Unstructured):
 
     def scores(self, layer: Layer, seen: Statistics | None) -> Tensor:
         if self.score == "fisher":
-            of = as_matrix(layer, seen)
+            of = sweeps.of_layer(layer, seen)
             weight = layer.weight.detach().double()
             return weight.square() * sweeps.diagonal(of).reshape(weight.shape)
         if self.score == "taylor":

@@ -21,7 +21,7 @@ from featherweight.curvature import sweeps
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.sweeps import Choose, Matrix
 from featherweight.forms import Constraint, Layer, Mask, Pattern
-from featherweight.prune.sparsity import Unstructured, as_matrix, groups
+from featherweight.prune.sparsity import Unstructured
 from featherweight.search.options import Option
 
 # Outputs times columns cubed, up to which the order is found exactly: about ten seconds on one core.
@@ -47,10 +47,10 @@ class OBS(Unstructured):
 
     def scores(self, layer: Layer, seen: Statistics | None) -> Tensor:
         """What each weight alone would lose, w² / [H⁻¹]ᵢᵢ, weighed by its output's gradient."""
-        return _alone(as_matrix(layer, seen)).reshape(layer.weight.shape)
+        return _alone(sweeps.of_layer(layer, seen)).reshape(layer.weight.shape)
 
     def pruned(self, layer: Layer, form: Constraint, seen: Statistics | None) -> tuple[Tensor, Tensor | None]:
-        of, gone = as_matrix(layer, seen), _gone(layer)
+        of, gone = sweeps.of_layer(layer, seen), _gone(layer)
         assert of.gram is not None
         if isinstance(form, Mask) and self._exactly(of):
             stay = sweeps.eliminated(*sweeps.orders(of, gone), form.kept).reshape(of.weight.shape)
@@ -77,7 +77,7 @@ class OBS(Unstructured):
         return moved[..., back], stay[..., back]
 
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
-        of = as_matrix(layer, seen)
+        of = sweeps.of_layer(layer, seen)
         kept = [option.form.kept for option in options if isinstance(option.form, Mask)]
         if len(kept) == len(options) and self._exactly(of):
             costs = sweeps.orders(of, _gone(layer))[1].cummax(1).values.flatten().sort().values.cumsum(0)
@@ -96,7 +96,9 @@ class OBS(Unstructured):
 
 def _gone(layer: Layer) -> Tensor:
     """The weights that are zero already, as matrices."""
-    return (layer.weight.detach() == 0).reshape(groups(layer), len(layer.weight) // groups(layer), -1)
+    return (layer.weight.detach() == 0).reshape(
+        sweeps.groups_of(layer), len(layer.weight) // sweeps.groups_of(layer), -1
+    )
 
 
 def _alone(of: Matrix) -> Tensor:

@@ -24,6 +24,7 @@ from featherweight.forms import (
     Mask,
     Masked,
     Pattern,
+    beneath,
     constraints_on,
     in_blocks,
     in_runs,
@@ -127,7 +128,7 @@ class Sparsity(Layerwise):
         return sorted(options, key=lambda option: option.cost.params)
 
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
-        of = as_matrix(layer, seen)
+        of = sweeps.of_layer(layer, seen)
         found = []
         for option in options:
             stay, moved = self.pruned(layer, cast(Constraint, option.form), seen)
@@ -273,23 +274,6 @@ def keep(scores: Tensor, form: Form) -> Tensor:
         stay = torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, runs.topk(form.n).indices, True)
         stay = stay.reshape(blocks.shape)
     return out_of_blocks(stay, form.block, scores.shape)
-
-
-def as_matrix(layer: Layer, seen: Statistics | None) -> sweeps.Matrix:
-    """A layer as matrices; where it has a bias that will be corrected, with moments about the means."""
-    seen = seen if seen is None or layer.bias is None else seen.centred()
-    return sweeps.matrix(layer.weight, groups(layer), seen)
-
-
-def groups(layer: Layer) -> int:
-    """The groups of a convolution; 1 for a Linear."""
-    return 1 if isinstance(layer, nn.Linear) else layer.groups
-
-
-def beneath(layer: Layer) -> Tensor:
-    """The parameter beneath the constraints of a layer's weight; the weight itself where there are none."""
-    held = getattr(layer, "parametrizations", {})
-    return cast(Tensor, held["weight"].original) if "weight" in held else layer.weight
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
