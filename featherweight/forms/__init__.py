@@ -1,9 +1,11 @@
 """What compressed layers are made of. Loading a file needs these and no technique."""
 
+from featherweight.forms.codebook import Codebook, Shared
 from featherweight.forms.constraint import (
     Constrained,
     Constraint,
     Stored,
+    beneath,
     constrained_tensors,
     constraints_on,
     released,
@@ -16,9 +18,12 @@ from featherweight.forms.grid import Grid, Gridded
 from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
+from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
 from featherweight.forms.separable import Separable
 
 __all__ = [
+    "BlockMask",
+    "Codebook",
     "Constrained",
     "Constraint",
     "ConvPair",
@@ -34,12 +39,19 @@ __all__ = [
     "LowRank",
     "Mask",
     "Masked",
+    "Pattern",
+    "Patterned",
     "Removed",
     "Separable",
+    "Shared",
     "Stored",
+    "beneath",
     "constrained_tensors",
     "constraints_on",
+    "in_blocks",
+    "in_runs",
     "is_layer",
+    "out_of_blocks",
     "released",
     "stored",
     "without_data",

@@ -114,6 +114,12 @@ def constraints_on(layer: nn.Module, tensor: str = "weight") -> list[Constrained
     return [c for c in held[tensor] if isinstance(c, Constrained)] if tensor in held else []
 
 
+def beneath(layer: nn.Module, tensor: str = "weight") -> Tensor:
+    """The parameter beneath the constraints of a layer's tensor; the tensor itself where there are none."""
+    held = getattr(layer, "parametrizations", {})
+    return cast(Tensor, held[tensor].original if tensor in held else getattr(layer, tensor))
+
+
 def constrained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every tensor that a constraint is on: the name of the module that has it, the module, and the tensor's name."""
     for name, module in model.named_modules():
