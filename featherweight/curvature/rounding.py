@@ -170,31 +170,29 @@ def descended(
     width = weight.shape[-1]
     columns = torch.arange(width, device=weight.device)
     size = gram.diagonal(dim1=-2, dim2=-1)
-    seen = size > 1e-12 * size.mean(-1, keepdim=True).clamp_min(1e-300)
+    # A column whose input never says anything stays as it is.
+    over = torch.where(size > 1e-12 * size.mean(-1, keepdim=True), 1 / size, 0)
     moved = (rounded - weight) @ gram
     for _ in range(rounds):
-        changed = False
+        before = rounded.clone()
         for start in range(0, width, BLOCK):
             here = slice(start, min(start + BLOCK, width))
             local, steps = moved[..., here].clone(), torch.zeros_like(moved[..., here])
             block = gram[:, here, here]
             for j in range(local.shape[-1]):
                 at = slice(start + j, start + j + 1)
-                best = rounded[..., at] - local[..., j : j + 1] / size[:, None, at].clamp_min(1e-300)
-                value = nearest(best, columns[at])
+                value = nearest(rounded[..., at] - local[..., j : j + 1] * over[:, None, at], columns[at])
                 if held is not None:
                     value = value.masked_fill(held[..., at], 0)
                 # Only steps that lower the error by more than its rounding: others would go to and fro for ever.
                 step = value - rounded[..., at]
-                gain = -step * (2 * local[..., j : j + 1] + step * size[:, None, at])
-                step = torch.where((gain > 1e-12 * size[:, None, at] * step.square()) & seen[:, None, at], step, 0)
-                if bool(step.any()):
-                    changed = True
-                    rounded[..., at] += step
-                    local += step * block[:, j, None]
-                    steps[..., j : j + 1] = step
+                gains = step.abs() * 1e-9 < -step.sign() * (2 * local[..., j : j + 1] * over[:, None, at] + step)
+                step = step * gains
+                rounded[..., at] += step
+                local += step * block[:, j, None]
+                steps[..., j : j + 1] = step
             moved += steps @ gram[:, here]
-        if not changed:
+        if torch.equal(rounded, before):
             break
     # Sums of steps are not the values that `nearest` gives, to the last bit.
     again = torch.cat([nearest(rounded[..., j : j + 1], columns[j : j + 1]) for j in range(width)], -1)
@@ -276,12 +274,18 @@ class Opened:
         sigmoid = self.v.sigmoid()
         return sigmoid * (1 - sigmoid) * 1.2
 
-    def penalty_slope(self, done: float) -> Tensor:
-        """The derivative, by the share, of what indecision costs: ``1 − |2 share − 1|^β``, β from 20 to 2.
+    def penalty(self, done: float) -> Tensor:
+        """What indecision costs each value, differentiable by v: ``1 − |2 share − 1|^β``, β from 20 to 2.
 
         Args:
             done: share of all steps gone by; in the first fifth indecision is free.
         """
+        if done < 0.2:
+            return torch.zeros_like(self.v)
+        return 1 - (2 * self.share() - 1).abs().pow(20 + (2 - 20) * (done - 0.2) / 0.8)
+
+    def penalty_slope(self, done: float) -> Tensor:
+        """The derivative of `penalty` by the share."""
         if done < 0.2:
             return torch.zeros_like(self.v)
         beta = 20 + (2 - 20) * (done - 0.2) / 0.8
