@@ -17,8 +17,10 @@ from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.separable import Separable
+from featherweight.forms.signs import Binary, Signs, Ternary
 
 __all__ = [
+    "Binary",
     "Constrained",
     "Constraint",
     "ConvPair",
@@ -36,7 +38,9 @@ __all__ = [
     "Masked",
     "Removed",
     "Separable",
+    "Signs",
     "Stored",
+    "Ternary",
     "constrained_tensors",
     "constraints_on",
     "is_layer",

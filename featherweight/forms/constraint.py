@@ -123,7 +123,7 @@ class Constraint(Form):
         tensor = getattr(layer, self.tensor, None)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise EditError(f"{type(layer).__name__} has no floating-point tensor {self.tensor!r} to put {self} on")
-        made = self.parametrization(tensor.detach()).to(tensor.device)
+        made = self.parametrization(tensor.detach().requires_grad_(tensor.requires_grad)).to(tensor.device)
         parametrize.register_parametrization(layer, self.tensor, made, unsafe=True)
         return made.train(layer.training)
 
