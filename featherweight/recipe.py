@@ -47,7 +47,7 @@ from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
 
-VERBS = ("factorize", "prune", "share", "distill", "tune")
+VERBS = ("factorize", "prune", "quantize", "share", "distill", "tune")
 
 
 @dataclass(frozen=True, init=False)

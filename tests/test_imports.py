@@ -23,7 +23,7 @@ LAYERS = (
     ("mend", "snapshot", "study"),
     ("search", "step"),
     ("layerwise", "retraining"),
-    ("distill", "factorize", "prune", "share", "tune"),  # the verb folders
+    ("distill", "factorize", "prune", "quantize", "share", "tune"),  # the verb folders
     ("artifact", "export", "report"),
     ("compressed",),
     ("inspection", "recipe"),

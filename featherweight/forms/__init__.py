@@ -12,6 +12,7 @@ from featherweight.forms.constraint import (
     stored,
 )
 from featherweight.forms.depthwise import Depthwise, DepthwiseConv
+from featherweight.forms.floats import Float, Floating
 from featherweight.forms.form import Form, FormModule, Layer, is_layer, without_data
 from featherweight.forms.gone import Gone, Removed
 from featherweight.forms.grid import Grid, Gridded
@@ -20,8 +21,10 @@ from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
 from featherweight.forms.separable import Separable
+from featherweight.forms.signs import Binary, Signs, Ternary
 
 __all__ = [
+    "Binary",
     "BlockMask",
     "Codebook",
     "Constrained",
@@ -29,6 +32,8 @@ __all__ = [
     "ConvPair",
     "Depthwise",
     "DepthwiseConv",
+    "Float",
+    "Floating",
     "Form",
     "FormModule",
     "Gone",
@@ -44,7 +49,9 @@ __all__ = [
     "Removed",
     "Separable",
     "Shared",
+    "Signs",
     "Stored",
+    "Ternary",
     "beneath",
     "constrained_tensors",
     "constraints_on",
