@@ -70,20 +70,24 @@ class Compressed:
         evaluate: Callable[[nn.Module], float] | None = None,
         dynamic_batch: bool = True,
         tolerance: float | None = None,
+        opset: int | None = None,
+        half: bool = False,
     ) -> Check:
         """Write the model for a runtime, run the file there, and hold its answers against the model's.
 
         Args:
-            format: ``onnx`` or ``torch_export``.
+            format: ``onnx``, ``openvino`` or ``torch_export``.
             path: the file to write.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score the file in its runtime: it is called with a module that runs the file.
             dynamic_batch: whether the file takes batches of any size.
             tolerance: greatest difference allowed, as a share of the largest answer; by the model's type by default.
+            opset: version of ONNX's operators, for ``onnx`` and ``openvino``.
+            half: whether to write weights and to compute in float16.
         Raises:
             ExportError: it cannot be exported, or the file does not answer as the model does.
         """
-        options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance}
+        options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "opset": opset, "half": half}
         given = [as_inputs(batch, like=self.example) for batch in batches or ()]
         check = export_file(self.model, self.example, format, path, given, **options)  # type: ignore[arg-type]
         if evaluate is not None:

@@ -15,6 +15,7 @@ from featherweight.forms.grid import Grid, Gridded
 from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
+from featherweight.forms.rounding import Rounded, Rounding
 from featherweight.forms.separable import Separable
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "Mask",
     "Masked",
     "Removed",
+    "Rounded",
+    "Rounding",
     "Separable",
     "Stored",
     "constrained_tensors",
