@@ -22,6 +22,7 @@ from featherweight.errors import ExportError
 from featherweight.export import export as export_file
 from featherweight.export.onnx import session
 from featherweight.export.verify import opened
+from featherweight.export.worth import available, file_name, measured
 from featherweight.ledger import Check, Ledger, Timing
 from featherweight.report import write
 from featherweight.report.table import text
@@ -96,6 +97,44 @@ class Compressed:
             )
         self._add(checks=(*self.ledger.checks, check))
         return check
+
+    def verify(
+        self,
+        original: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        formats: Sequence[str] | None = None,
+        batches: Sequence[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        repeats: int = 50,
+    ) -> tuple[Check, ...]:
+        """Export for every runtime that is here, and see what the files are worth: agreement, kernels, time, bytes.
+
+        In each runtime the file is timed against the original in float32, and in bfloat16 where the processor and the
+        runtime have it, in turn. A file that is not faster gets a note that says so.
+
+        Args:
+            original: the model before.
+            folder: where to write the files: ``model.onnx``, ``model.xml``.
+            formats: of ``onnx`` and ``openvino``, which; None for those whose runtime is installed.
+            batches: real inputs to compare on, beside the example and made-up ones.
+            evaluate: the task's, to score every file in its runtime.
+            repeats: timed calls of each.
+        Returns:
+            The checks, which the ledger holds from then on.
+        Raises:
+            ExportError: a runtime that was asked for is missing, none is here, or a file does not answer as the model.
+        """
+        names = available() if formats is None else tuple(formats)
+        if not names:
+            raise ExportError("there is no runtime to verify in: pip install 'featherweight[onnx]' or '[openvino]'")
+        checks = []
+        for name in names:
+            path = Path(folder) / file_name(name)
+            self.export(name, path, batches, evaluate=evaluate)
+            checks.append(measured(self.ledger.checks[-1], original, path, self.example, repeats))
+        self._add(checks=(*self.ledger.checks[: -len(checks)], *checks))
+        return tuple(checks)
 
     def time(
         self, original: nn.Module, runtimes: Sequence[str] = ("torch", "onnxruntime"), repeats: int = 50

@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
@@ -67,11 +68,15 @@ def in_openvino(model: OpenVINOModel) -> Kernels:
     integer, left = 0, Counter[str]()
     for operation in model.compiled.get_runtime_model().get_ops():
         info = operation.get_rt_info()
-        kind = info["layerType"] if "layerType" in info else ""  # noqa: SIM401 - it has no get
-        if kind not in _OPENVINO:
-            continue
-        if info["runtimePrecision"] in ("i8", "u8", "I8", "U8"):
+        said = {name: _said(info[name]) for name in ("layerType", "runtimePrecision") if name in info}
+        kind, precision = said.get("layerType", ""), said.get("runtimePrecision", "").lower()
+        if kind in _OPENVINO and precision in ("i8", "u8"):
             integer += 1
-        else:
-            left[f"{kind} in {info['runtimePrecision']}"] += 1
+        elif kind in _OPENVINO:
+            left[f"{kind} in {precision}"] += 1
     return Kernels(integer, left.total(), tuple(f"{count} {kind}" for kind, count in sorted(left.items())))
+
+
+def _said(value: Any) -> str:
+    """What a runtime's graph says, in whatever OpenVINO has wrapped it."""
+    return str(getattr(value, "value", value))

@@ -26,7 +26,7 @@ from featherweight.forms.grid import Gridded
 
 DOMAIN = "featherweight"  # of our own nodes, all gone before a file is written
 # ONNX operations that only move numbers about, or choose among them: what is whole before them is whole behind.
-MOVING = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice")
+MOVING = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Pad")
 BLOCKS = (16, 32, 64, 128, 256)  # values with one scale that MatMulNBits takes
 
 Array = npt.NDArray[Any]
@@ -147,24 +147,25 @@ def least_opset(marks: Marks) -> int | None:
     return 21 if sixteen or four else None
 
 
-def emit(model: Any, marks: Marks, *, blocks: bool = True) -> tuple[str, ...]:
+def emit(model: Any, marks: Marks, *, portable: bool = False) -> tuple[str, ...]:
     """Write marks into an ONNX model, in place, as ONNX has them.
 
     Args:
         model: an ``onnx_ir.Model`` out of PyTorch's exporter.
         marks: as `marked` gives them.
-        blocks: whether 4-bit weights of Linear layers may become MatMulNBits, an operation of ONNX Runtime's.
+        portable: whether to keep to what runtimes other than ONNX Runtime know: 4-bit weights of Linear layers do not
+            become MatMulNBits then, an operation of its own, and activations of 16 bits are left in float32.
     Returns:
         What the reader of the file should know, a sentence each.
     """
-    return _Emitter(model, marks, blocks).run()
+    return _Emitter(model, marks, portable).run()
 
 
 class _Emitter:
-    def __init__(self, model: Any, marks: Marks, blocks: bool) -> None:
+    def __init__(self, model: Any, marks: Marks, portable: bool) -> None:
         import onnx_ir as ir
 
-        self.ir, self.model, self.graph, self.marks, self.blocks = ir, model, model.graph, marks, blocks
+        self.ir, self.model, self.graph, self.marks, self.portable = ir, model, model.graph, marks, portable
         self.notes: list[str] = []
         self.count = 0
 
@@ -178,6 +179,7 @@ class _Emitter:
             self._whole_behind(node)
         for node in list(self.graph):
             self._mean_as_pool(node)
+            self._dynamic_gemm(node)
         for node in own:
             mark = self.marks[node.attributes["name"].as_string()]
             if isinstance(mark, Weight):
@@ -198,6 +200,10 @@ class _Emitter:
             made = self._add(node, "DynamicQuantizeLinear", [x], outputs=3)
             result = self._add(node, "DequantizeLinear", list(made.outputs)).outputs[0]
             self._replace(node, result)
+            return
+        if grid.bits == 16 and self.portable:
+            self.notes.append("activations of 16 bits are left in float32, for want of such whole numbers there")
+            self._replace(node, x)
             return
         kind = _stored_as(grid.bits, signed=grid.signed)
         if grid.bits not in (8, 16):  # the type reaches further than the grid
@@ -253,6 +259,21 @@ class _Emitter:
             result = self._add(node, "Reshape", [result, lengths]).outputs[0]
         self._replace(node, result)
 
+    def _dynamic_gemm(self, node: Any) -> None:
+        """A Linear whose input finds its range at every call as a product and a sum, which fuse with the rounding."""
+        if node.op_type != "Gemm" or not _from_whole(node.inputs[0], "DynamicQuantizeLinear"):
+            return
+        if _int(node, "transB") != 1 or _int(node, "transA"):
+            return
+        turned = self.ir.Node("", "Transpose", [node.inputs[1]], [self.ir.AttrInt64s("perm", [1, 0])])
+        self.count += 1
+        turned.outputs[0].name = f"transpose_{self.count}"
+        self.graph.insert_before(node, turned)
+        result = self._add(node, "MatMul", [node.inputs[0], turned.outputs[0]]).outputs[0]
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            result = self._add(node, "Add", [result, node.inputs[2]]).outputs[0]
+        self._replace(node, result)
+
     def _redundant(self, node: Any) -> None:
         """Take out what a rounding behind it does as well: ReLU and clips whose ends are those of the range."""
         if node.op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output():
@@ -280,7 +301,7 @@ class _Emitter:
     def _weight(self, node: Any, name: str, mark: Weight) -> None:
         readers = _readers(node)
         turned = [reader for reader in readers if reader.op_type == "Transpose"]
-        if mark.bits == 4 and self.blocks and readers:
+        if mark.bits == 4 and not self.portable and readers:
             each = [self._as_blocks(reader, mark, name) for reader in readers]
             if all(each):
                 return
@@ -477,13 +498,13 @@ class _Emitter:
                 del self.graph.initializers[name]
 
 
-def _from_whole(value: Any) -> bool:
-    """Whether a value is an activation that was rounded."""
+def _from_whole(value: Any, *by: str) -> bool:
+    """Whether a value is an activation that was rounded, by one of these operations."""
     made = value.producer() if value is not None else None
     if made is None or made.op_type != "DequantizeLinear":
         return False
     source = made.inputs[0].producer()
-    return source is not None and source.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")
+    return source is not None and source.op_type in (by or ("QuantizeLinear", "DynamicQuantizeLinear"))
 
 
 def _reads_whole(node: Any) -> bool:

@@ -6,7 +6,7 @@ Jacob et al., 2018, arxiv.org/abs/1712.05877, section 3.2: in evaluation a batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,9 @@ def fold(
         norm = arguments(pair.norm)
         parts = [norm[part] for part in ("weight", "bias", "running_mean", "running_var")]
         _fold_one(graph, pair, scaled)
-        _drop(graph, [str(part.target) for part in parts if part is not None])
+        unread = [str(part.target) for part in parts if part is not None]
+        counter = f"{unread[-1].rpartition('.')[0]}.num_batches_tracked"
+        _drop(graph, [*unread, counter])
     graph.recompile()
 
 
@@ -143,14 +145,17 @@ def _beneath(graph: ModelGraph, name: str) -> Tensor:
     return found
 
 
-def _drop(graph: ModelGraph, names: Iterable[str]) -> None:
+def _drop(graph: ModelGraph, names: Collection[str]) -> None:
     """Take tensors out that nothing reads any more, and modules that are left empty."""
-    for node in [n for n in graph.graph.nodes if n.op == "get_attr" and not n.users]:
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr" and not n.users and n.target in names]:
         graph.graph.erase_node(node)
     read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
     for name in set(names) - read:
         path, _, leaf = name.rpartition(".")
-        holder = graph.get_submodule(path)
+        try:
+            holder = graph.get_submodule(path)
+        except AttributeError:  # left empty and gone already
+            continue
         holder._parameters.pop(leaf, None)
         holder._buffers.pop(leaf, None)
         while path and not (holder._parameters or holder._buffers or holder._modules):

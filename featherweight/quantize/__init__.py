@@ -3,6 +3,6 @@
 from featherweight.quantize.dynamic import Dynamic
 from featherweight.quantize.qat import QAT
 from featherweight.quantize.static import Static
-from featherweight.quantize.targets import TARGETS, Target, processor, target
+from featherweight.quantize.targets import TARGETS, Target, target
 
-__all__ = ["QAT", "TARGETS", "Dynamic", "Static", "Target", "processor", "target"]
+__all__ = ["QAT", "TARGETS", "Dynamic", "Static", "Target", "target"]

@@ -19,10 +19,11 @@ from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max
 from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names
 from featherweight.layers import PerLayer, for_layer, layer_names, matches, unmatched
 from featherweight.ledger import Choice, Point
+from featherweight.machine import processor
 from featherweight.progress import track
 from featherweight.quantize.observers import Observer, range_of
 from featherweight.quantize.placement import Edge, Placement, place
-from featherweight.quantize.targets import TARGETS, Target, processor
+from featherweight.quantize.targets import TARGETS, Target
 from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task

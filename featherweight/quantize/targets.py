@@ -7,10 +7,8 @@ operations behind a convolution.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from featherweight.errors import did_you_mean
 
@@ -88,42 +86,3 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise ValueError(f"there is no target {name!r}{did_you_mean(name, TARGETS)}; there are {', '.join(TARGETS)}")
     return TARGETS[name]
-
-
-@dataclass(frozen=True)
-class Processor:
-    """What this machine's processor has, as far as it matters to whole numbers.
-
-    Attributes:
-        model: its name.
-        instructions: of those that matter, the ones it has, as Linux names them.
-    """
-
-    model: str
-    instructions: tuple[str, ...] = field(default=())
-
-    @property
-    def whole_products(self) -> bool:
-        """Whether four products of 8-bit numbers are summed in 32 bits, so that nothing overflows."""
-        x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
-        return not x86 or any(name in self.instructions for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-
-    @property
-    def bf16(self) -> bool:
-        """Whether it multiplies in bfloat16."""
-        return any(name in self.instructions for name in ("amx_bf16", "avx512_bf16"))
-
-    def __str__(self) -> str:
-        return f"{self.model} ({', '.join(self.instructions) or 'no vector instructions that matter here'})"
-
-
-def processor() -> Processor:
-    """This machine's processor; from ``/proc/cpuinfo`` where there is one, without instructions elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return Processor(platform.processor() or platform.machine())
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set(said.get("flags", "").split())
-    known = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "avx512_bf16")
-    return Processor(said.get("model name", platform.machine()), tuple(name for name in known if name in flags))
