@@ -9,6 +9,7 @@ from featherweight.forms.constraint import (
     released,
     stored,
 )
+from featherweight.forms.floats import Float, Floating
 from featherweight.forms.form import Form, FormModule, Layer, is_layer, without_data
 from featherweight.forms.gone import Gone, Removed
 from featherweight.forms.grid import Grid, Gridded
@@ -22,6 +23,8 @@ __all__ = [
     "Constrained",
     "Constraint",
     "ConvPair",
+    "Float",
+    "Floating",
     "Form",
     "FormModule",
     "Gone",

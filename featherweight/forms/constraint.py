@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,26 @@ class Constrained(nn.Module):
         Raises:
             EditError: they are not.
         """
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, confined: Tensor) -> Tensor:
+        return confined.view_as(confined)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
+
+
+def straight_through(original: Tensor, confined: Tensor) -> Tensor:
+    """The confined values, whose gradients go to the original as they are.
+
+    Bengio, Léonard & Courville, Estimating or propagating gradients through stochastic neurons, 2013,
+    arxiv.org/abs/1308.3432.
+    """
+    given: Tensor = _StraightThrough.apply(original, confined)  # type: ignore[no-untyped-call]
+    return given
 
 
 @dataclass(frozen=True)

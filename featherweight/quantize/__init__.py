@@ -1,8 +1,12 @@
-"""Whole numbers of a few bits for weights and activations."""
+"""Fewer bits: which numbers weights and activations may be, and how each becomes one of them."""
 
+from featherweight.quantize.adaround import AdaRound
+from featherweight.quantize.brecq import BRECQ
 from featherweight.quantize.dynamic import Dynamic
+from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.qat import QAT
 from featherweight.quantize.static import Static
 from featherweight.quantize.targets import TARGETS, Target, target
+from featherweight.quantize.weights import Weights
 
-__all__ = ["QAT", "TARGETS", "Dynamic", "Static", "Target", "target"]
+__all__ = ["BRECQ", "GPTQ", "QAT", "TARGETS", "AdaRound", "Dynamic", "Static", "Target", "Weights", "target"]
