@@ -22,6 +22,7 @@ from featherweight.errors import ExportError
 from featherweight.export import export as export_file
 from featherweight.export.onnx import session
 from featherweight.export.verify import opened
+from featherweight.export.worth import available, file_name, measured
 from featherweight.ledger import Check, Ledger, Timing
 from featherweight.report import write
 from featherweight.report.table import text
@@ -70,20 +71,24 @@ class Compressed:
         evaluate: Callable[[nn.Module], float] | None = None,
         dynamic_batch: bool = True,
         tolerance: float | None = None,
+        opset: int | None = None,
+        half: bool = False,
     ) -> Check:
         """Write the model for a runtime, run the file there, and hold its answers against the model's.
 
         Args:
-            format: ``onnx`` or ``torch_export``.
+            format: ``onnx``, ``openvino`` or ``torch_export``.
             path: the file to write.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score the file in its runtime: it is called with a module that runs the file.
             dynamic_batch: whether the file takes batches of any size.
             tolerance: greatest difference allowed, as a share of the largest answer; by the model's type by default.
+            opset: version of ONNX's operators, for ``onnx`` and ``openvino``.
+            half: whether to write weights and to compute in float16.
         Raises:
             ExportError: it cannot be exported, or the file does not answer as the model does.
         """
-        options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance}
+        options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "opset": opset, "half": half}
         given = [as_inputs(batch, like=self.example) for batch in batches or ()]
         check = export_file(self.model, self.example, format, path, given, **options)  # type: ignore[arg-type]
         if evaluate is not None:
@@ -92,6 +97,44 @@ class Compressed:
             )
         self._add(checks=(*self.ledger.checks, check))
         return check
+
+    def verify(
+        self,
+        original: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        formats: Sequence[str] | None = None,
+        batches: Sequence[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        repeats: int = 50,
+    ) -> tuple[Check, ...]:
+        """Export for every runtime that is here, and see what the files are worth: agreement, kernels, time, bytes.
+
+        In each runtime the file is timed against the original in float32, and in bfloat16 where the processor and the
+        runtime have it, in turn. A file that is not faster gets a note that says so.
+
+        Args:
+            original: the model before.
+            folder: where to write the files: ``model.onnx``, ``model.xml``.
+            formats: of ``onnx`` and ``openvino``, which; None for those whose runtime is installed.
+            batches: real inputs to compare on, beside the example and made-up ones.
+            evaluate: the task's, to score every file in its runtime.
+            repeats: timed calls of each.
+        Returns:
+            The checks, which the ledger holds from then on.
+        Raises:
+            ExportError: a runtime that was asked for is missing, none is here, or a file does not answer as the model.
+        """
+        names = available() if formats is None else tuple(formats)
+        if not names:
+            raise ExportError("there is no runtime to verify in: pip install 'featherweight[onnx]' or '[openvino]'")
+        checks = []
+        for name in names:
+            path = Path(folder) / file_name(name)
+            self.export(name, path, batches, evaluate=evaluate)
+            checks.append(measured(self.ledger.checks[-1], original, path, self.example, repeats))
+        self._add(checks=(*self.ledger.checks[: -len(checks)], *checks))
+        return tuple(checks)
 
     def time(
         self, original: nn.Module, runtimes: Sequence[str] = ("torch", "onnxruntime"), repeats: int = 50

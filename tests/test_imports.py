@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "featherweight"
 
 # Bottom to top. A room (a file or folder of the package) imports from rows above its own only, never from its own row.
 LAYERS = (
-    ("errors", "matching", "settings"),
+    ("errors", "machine", "matching", "settings"),
     ("files",),
     ("batch", "ledger", "progress"),
     ("forms", "graph"),
@@ -33,7 +33,7 @@ LAYERS = (
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
-HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "transformers")
+HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "openvino", "scipy", "sklearn", "transformers")
 
 
 def room_of(file: Path) -> str:

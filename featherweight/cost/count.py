@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import (
     _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
@@ -30,7 +30,7 @@ from featherweight import batch
 from featherweight.cost import operations
 from featherweight.cost.cost import Cost
 from featherweight.errors import TaskError
-from featherweight.forms import Constrained, constraints_on, stored, without_data
+from featherweight.forms import Constrained, Rounded, constraints_on, stored, without_data
 
 Shape = tuple[int, ...]
 
@@ -241,6 +241,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rows = {id(row.module): row for row in rows}
         self.running = [(rows[0], 0)]  # rows, the innermost call last, with what they had written before that call
         self.order: dict[str, _Row] = {}
+        self.of_graph = isinstance(model, fx.GraphModule)
+        self.owners = {id(part): row for row in rows if row.whole for part in row.modules()}
+        self.weights = {_place(p): row for row in reversed(rows) if row.whole for p in row.parameters()}
         self.read: set[int | None] = set()
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.alive_bytes = 0
@@ -248,7 +251,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.confining = 0  # how many constraints are just now at work on a tensor: weights, not activations
 
     def enter_module(self, module: nn.Module, args: Any) -> None:
-        self.confining += isinstance(module, Constrained)
+        self.confining += isinstance(module, Constrained | Rounded)
         current, _ = self.running[-1]
         row = current if current.whole else self.rows.get(id(module), current)
         if row.module is module:
@@ -258,10 +261,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def leave_module(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
         row, written_before = self.running.pop()
-        self.confining -= isinstance(module, Constrained)
+        self.confining -= isinstance(module, Constrained | Rounded)
         if len(kwargs_and_output) < 2:  # how PyTorch calls the hook where the module raised
             return
         kwargs, output = kwargs_and_output
+        if isinstance(module, Constrained) and (owner := self.owners.get(id(module))) is not None:
+            self.weights |= {_place(tensor): owner for tensor in batch.tensors_in(output)}
         if isinstance(module, nn.RNNBase):
             # What is written on the way depends on the device's kernel, what is returned does not.
             row.written = written_before + sum(map(_bytes, batch.tensors_in(output)))
@@ -280,6 +285,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _book(self, operation: Any, args: Any, kwargs: Any, out: Any) -> None:
         row, _ = self.running[-1]
         macs = operations.macs(operation, args, kwargs, out)
+        if self.of_graph and macs and not self.confining:
+            row = self._holder(row, args)
         if macs is None:
             row.uncounted.add(f"{operations.name_of(operation)} in {row.name}")
         row.macs += macs or 0
@@ -295,6 +302,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 row.written += _bytes(tensor)
             if is_new and place is not None and place not in self.alive:
                 self._follow(place, tensor.untyped_storage())
+
+    def _holder(self, row: _Row, args: Any) -> _Row:
+        """In a captured graph, which calls no layers: the layer whose weight an operation multiplies by."""
+        for tensor in batch.tensors_in(args):
+            found = self.weights.get(_place(tensor))
+            if found is not None:
+                found.called = True
+                return self.order.setdefault(found.name, found)
+        return row
 
     def _follow(self, place: int, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()

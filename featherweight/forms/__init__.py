@@ -20,6 +20,7 @@ from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
+from featherweight.forms.rounding import Rounded, Rounding
 from featherweight.forms.separable import Separable
 from featherweight.forms.signs import Binary, Signs, Ternary
 
@@ -47,6 +48,8 @@ __all__ = [
     "Pattern",
     "Patterned",
     "Removed",
+    "Rounded",
+    "Rounding",
     "Separable",
     "Shared",
     "Signs",

@@ -3,7 +3,24 @@
 from featherweight.quantize.adaround import AdaRound
 from featherweight.quantize.binary import Binary, Ternary
 from featherweight.quantize.brecq import BRECQ
+from featherweight.quantize.dynamic import Dynamic
 from featherweight.quantize.gptq import GPTQ
+from featherweight.quantize.qat import QAT
+from featherweight.quantize.static import Static
+from featherweight.quantize.targets import TARGETS, Target, target
 from featherweight.quantize.weights import Weights
 
-__all__ = ["BRECQ", "GPTQ", "AdaRound", "Binary", "Ternary", "Weights"]
+__all__ = [
+    "BRECQ",
+    "GPTQ",
+    "QAT",
+    "TARGETS",
+    "AdaRound",
+    "Binary",
+    "Dynamic",
+    "Static",
+    "Target",
+    "Ternary",
+    "Weights",
+    "target",
+]
