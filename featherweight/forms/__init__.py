@@ -11,6 +11,7 @@ from featherweight.forms.constraint import (
 )
 from featherweight.forms.form import Form, FormModule, Layer, is_layer, without_data
 from featherweight.forms.gone import Gone, Removed
+from featherweight.forms.grid import Grid, Gridded
 from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
@@ -23,6 +24,8 @@ __all__ = [
     "Form",
     "FormModule",
     "Gone",
+    "Grid",
+    "Gridded",
     "Layer",
     "LinearPair",
     "LowRank",
