@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "settings"),
     ("files",),
     ("batch", "ledger", "progress"),
-    ("forms", "graph"),
+    ("code", "forms", "graph"),
     ("train",),
     ("task",),
     ("edits", "score"),
@@ -25,7 +25,7 @@ LAYERS = (
     ("layerwise",),
     ("factorize", "prune"),  # the verb folders
     ("artifact", "export", "report"),
-    ("compressed",),
+    ("compressed", "packing"),
     ("inspection", "recipe"),
     ("__init__",),
     ("cli", "__main__"),
