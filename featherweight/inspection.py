@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from featherweight.artifact import open_file
+from featherweight import artifact
 from featherweight.code.entropy import entropy_bytes
 from featherweight.compressed import time_side_by_side
 from featherweight.cost.count import Profile, profile
@@ -134,8 +134,7 @@ class FileInspection:
         for name, part in self.layers.items():
             table.add_row(words.name(name), *self._cells(part))
         rows = self.layers.values()
-        sums = [sum(getattr(row, field) for row in rows) for field in ("values", "positions", "numbers", "tables")]
-        total = Part(*sums, bound=sum(row.bound for row in rows))
+        total = Part(*(sum(getattr(row, field.name) for row in rows) for field in fields(Part)))
         for name, taken in (("header", self.header), ("record", self.record)):
             if taken:
                 table.add_row(name, "", words.size(taken), f"{taken / self.size:.1%}")
@@ -143,23 +142,16 @@ class FileInspection:
         cells = self._cells(total)
         table.add_row("total", cells[0], words.size(self.size), "100%", *cells[3:], style="bold")
         times = f"{self.plain / self.size:.1f}" if self.size else ""
-        line = f"{self.path}: {self.size:,} bytes; the same tensors uncoded are {words.size(self.plain)}, {times} times that."
-        return Group(table, Text(line))
+        line = f"{self.path}: {self.size:,} bytes; the same tensors uncoded are {words.size(self.plain)}"
+        return Group(table, Text(f"{line}, {times} times that."))
 
     def _cells(self, part: Part) -> tuple[str, ...]:
         each = f"{8 * part.bytes / part.values:.2f}" if part.values else ""
         above = words.signed(f"{part.bytes / part.bound - 1:+.1%}") if part.bound >= 1 else ""
         numbers = (words.size(taken) for taken in (part.positions, part.numbers, part.tables))
         share = f"{part.bytes / self.size:.1%}"
-        return (
-            words.count(part.values),
-            words.size(part.bytes),
-            share,
-            *numbers,
-            each,
-            words.size(round(part.bound)),
-            above,
-        )
+        bound = words.size(round(part.bound))
+        return words.count(part.values), words.size(part.bytes), share, *numbers, each, bound, above
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140, color_system=None, legacy_windows=False)
@@ -176,7 +168,7 @@ def inspect_file(path: str | os.PathLike[str]) -> FileInspection:
     Raises:
         ArtifactError: the file is missing, foreign, newer, truncated or damaged.
     """
-    with open_file(path) as file:
+    with artifact.open(path) as file:
         sizes, layers, plain = file.sizes(), dict[str, Part](), 0
         for name, (dtype, shape) in file.stored.items():
             if name in file.aliases:
