@@ -46,7 +46,7 @@ from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
 
-VERBS = ("factorize", "prune")
+VERBS = ("factorize", "prune", "quantize")
 
 
 @dataclass(frozen=True, init=False)

@@ -23,7 +23,7 @@ LAYERS = (
     ("mend", "snapshot", "study"),
     ("search", "step"),
     ("layerwise",),
-    ("factorize", "prune"),  # the verb folders
+    ("factorize", "prune", "quantize"),  # the verb folders
     ("artifact", "export", "report"),
     ("compressed", "packing"),
     ("inspection", "recipe"),

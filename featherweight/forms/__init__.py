@@ -9,6 +9,7 @@ from featherweight.forms.constraint import (
     released,
     stored,
 )
+from featherweight.forms.floats import Float, Floating
 from featherweight.forms.form import Form, FormModule, Layer, is_layer, without_data
 from featherweight.forms.gone import Gone, Removed
 from featherweight.forms.grid import Grid, Gridded
@@ -16,11 +17,15 @@ from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.separable import Separable
+from featherweight.forms.signs import Binary, Signs, Ternary
 
 __all__ = [
+    "Binary",
     "Constrained",
     "Constraint",
     "ConvPair",
+    "Float",
+    "Floating",
     "Form",
     "FormModule",
     "Gone",
@@ -33,7 +38,9 @@ __all__ = [
     "Masked",
     "Removed",
     "Separable",
+    "Signs",
     "Stored",
+    "Ternary",
     "constrained_tensors",
     "constraints_on",
     "is_layer",
