@@ -192,7 +192,7 @@ def main(python: str | None, samples: int, repeats: int, epochs: float, parts: S
     lines = [f"Processor: {processor()}. {samples} calibration samples, {repeats} timed calls.", ""]
     if "random" in parts:
         lines += [
-            "| network | file | ms | against float32 | on whole numbers | size | true to float32, dB | to itself | CPU s |",
+            "| network | file | ms | against float32 | on whole numbers | size | to float32, dB | to itself | CPU s |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for name in vision.NETWORKS:

@@ -387,7 +387,9 @@ class _Run:
     def _keep(self, index: int) -> None:
         if self.folder is None:
             return
-        artifact.save(self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger)
+        artifact.save(
+            self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger, coding="fast", beneath=True
+        )
         state = {"steps": index + 1, "identity": self._identity(index + 1)}
         with draft(self.folder / "run.json") as file:
             file.write_text(json.dumps(state), encoding="utf-8")

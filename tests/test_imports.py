@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "machine", "matching", "settings"),
     ("files",),
     ("batch", "ledger", "progress"),
-    ("forms", "graph"),
+    ("code", "forms", "graph"),
     ("train",),
     ("task",),
     ("edits", "score"),
@@ -25,7 +25,7 @@ LAYERS = (
     ("layerwise", "retraining"),
     ("distill", "factorize", "prune", "quantize", "share", "tune"),  # the verb folders
     ("artifact", "export", "report"),
-    ("compressed",),
+    ("compressed", "packing"),
     ("inspection", "recipe"),
     ("compact",),
     ("__init__",),
