@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import platform
 import sys
 import traceback
 import warnings
@@ -11,14 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from rich.console import Console, RenderableType
 from torch import nn
 
 from featherweight import __version__
+from featherweight.code.tensors import CODINGS
 from featherweight.compressed import load, plans, time_side_by_side
 from featherweight.errors import FeatherweightError, TaskError
-from featherweight.inspection import inspect
+from featherweight.inspection import inspect, inspect_file
 from featherweight.ledger import Ledger
+from featherweight.machine import backends, processor
+from featherweight.packing import pack, unpack
 from featherweight.recipe import Recipe
 from featherweight.report import words, write
 from featherweight.report.table import table
@@ -26,6 +31,7 @@ from featherweight.task import Task
 
 # Columns where there is no terminal to ask: names of layers stay whole in files and pipes.
 PIPED_WIDTH = 120
+ENDINGS = {"onnx": "onnx", "openvino": "xml", "torch_export": "pt2"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +63,9 @@ def _tell(news: str, style: str = "") -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.project.endswith(".fw"):
+        _show(inspect_file(options.project))
+        return
     model, task = _project(options.project)
     _show(inspect(model, task))
 
@@ -79,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
     small.save(out / "model.fw")
     try:
         if options.export:
-            small.export(options.export, out / f"model.{'onnx' if options.export == 'onnx' else 'pt2'}")
+            small.export(options.export, out / f"model.{ENDINGS[options.export]}")
         if options.time:
             small.time(model, repeats=options.repeats)
     finally:  # the work is done: a runtime that fails takes nothing of its record away
@@ -113,6 +122,26 @@ def _bench(options: argparse.Namespace) -> None:
     for timing in timings:
         spread = f"{words.latency(timing.lower_ms)} to {words.latency(timing.upper_ms)}"
         _show(f"{timing.runtime:12} {timing.network:7} {words.latency(timing.median_ms):>9}  (quartiles {spread})")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    _show(f"{'processor':34} {processor()}")
+    _show(f"{'Python, PyTorch':34} {platform.python_version()}, {torch.__version__}")
+    for backend in backends():
+        found = ", ".join(f"{name} {version or 'missing'}" for name, version in backend.packages.items())
+        _show(f"{backend.name:34} {found}{'' if backend.works else f': {backend.install}'}")
+    if not processor().whole_products:
+        _show("Sums of products of 8-bit numbers overflow here: quantize.Static leaves weights a bit of headroom.")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    size = pack(options.source, options.target, coding=options.coding)
+    whole = Path(options.source).stat().st_size
+    _show(f"{options.target}: {words.size(size)}, {size / whole:.1%} of {words.size(whole)}")
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    _show(f"{options.target}: {words.size(unpack(options.source, options.target))}")
 
 
 def _project(path: str) -> tuple[nn.Module, Task]:
@@ -166,30 +195,43 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("project", help="a Python file that defines model() and task()")
         return made
 
-    add(_inspect, "what the model costs, layer by layer, and what could be replaced")
+    inspect_it = add(
+        _inspect, "what a model costs, layer by layer, or where the bytes of a .fw file went", project=False
+    )
+    inspect_it.add_argument("project", help="a Python file that defines model() and task(), or a .fw file")
     plan = add(_plan, "what a recipe would choose; changes nothing")
     run = add(_run, "carry out a recipe: the model, its ledger and its report go to a folder")
     for command in (plan, run):
         command.add_argument("recipe", help="a YAML file with the steps")
         command.add_argument("--out", default="out", help="folder for results, and to go on from (default: out)")
         command.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    run.add_argument("--export", choices=("onnx", "torch_export"), help="also write the model for a runtime")
+    run.add_argument(
+        "--export", choices=("onnx", "openvino", "torch_export"), help="also write the model for a runtime"
+    )
     run.add_argument("--time", action="store_true", help="also measure latency, in PyTorch and ONNX Runtime")
     run.add_argument("--repeats", type=int, default=50, help="timed calls (default: 50)")
     report = add(_report, "show a ledger, or write it as a page", project=False)
     report.add_argument("ledger", help="a ledger.json")
     report.add_argument("to", nargs="?", help="a .html, .md or .json file; without it, the terminal")
+    add(_doctor, "which backends work on this machine, and how to install the others", project=False)
     export = add(_export, "write a compressed model for a runtime, and check the file there")
     bench = add(_bench, "latency of the model and of its compressed form, side by side")
     for command in (export, bench):
         command.add_argument("file", help="a .fw file")
     export.add_argument("to", help="the file to write")
-    export.add_argument("--format", default="onnx", help="onnx or torch_export (default: onnx)")
+    export.add_argument("--format", default="onnx", help="onnx, openvino or torch_export (default: onnx)")
     export.add_argument("--fixed-batch", action="store_true", help="only the example's batch size")
     bench.add_argument(
         "--runtime", nargs="+", default=["torch", "onnxruntime"], help="torch, onnxruntime (default: both)"
     )
     bench.add_argument("--repeats", type=int, default=50, help="timed calls (default: 50)")
+    packing = add(_pack, "a safetensors file as a smaller .fw file, to the last bit", project=False)
+    packing.add_argument("source", help="a safetensors file")
+    packing.add_argument("target", help="the .fw file to write")
+    packing.add_argument("--coding", choices=CODINGS, default="small", help="small, fast or huffman (default: small)")
+    unpacking = add(_unpack, "a .fw file as a safetensors file", project=False)
+    unpacking.add_argument("source", help="a .fw file")
+    unpacking.add_argument("target", help="the safetensors file to write")
     return parser
 
 

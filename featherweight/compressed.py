@@ -16,12 +16,14 @@ from torch import nn
 
 from featherweight import artifact
 from featherweight.batch import Inputs, as_inputs, sketch, sketched
+from featherweight.code.tensors import Coding
 from featherweight.cost.latency import measure, torch_run
 from featherweight.edits import Edit
 from featherweight.errors import ExportError
 from featherweight.export import export as export_file
 from featherweight.export.onnx import session
 from featherweight.export.verify import opened
+from featherweight.export.worth import available, file_name, measured
 from featherweight.ledger import Check, Ledger, Timing
 from featherweight.report import write
 from featherweight.report.table import text
@@ -51,13 +53,28 @@ class Compressed:
         """What was made of every layer, as a plan to edit and to run again; of the last step that replaced layers."""
         return ([plan for _, plan in plans(self.ledger)] or [Plan("")])[-1]
 
-    def save(self, path: str | os.PathLike[str]) -> int:
-        """Write model and record to one file, and return its size in bytes.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ledger: bool = True,
+        coding: Coding = "small",
+        fold: bool = False,
+    ) -> int:
+        """Write the model to one file, and return its size in bytes.
 
+        Args:
+            path: where to.
+            ledger: whether the record goes into the file too; it may be as large as a small network.
+            coding: ``small`` for the least bytes; ``fast``; ``huffman``, as Deep Compression has it, to compare with.
+            fold: take the statistics of batch norms into their weights, which makes the file smaller. In evaluation
+                mode the answers stay the same up to rounding; a model that is to be trained on is better left as it is.
         Raises:
             ArtifactError: the file cannot be written; what was there before is still there.
         """
-        size = artifact.save(path, self.model, self.edits, self.ledger, sketch(self.example))
+        record = self.ledger if ledger else None
+        options: dict[str, Any] = {"coding": coding, "fold": fold}
+        size = artifact.save(path, self.model, self.edits, record, sketch(self.example), **options)
         self._add(file_bytes={**self.ledger.file_bytes, Path(path).name: size})
         return size
 
@@ -70,20 +87,24 @@ class Compressed:
         evaluate: Callable[[nn.Module], float] | None = None,
         dynamic_batch: bool = True,
         tolerance: float | None = None,
+        opset: int | None = None,
+        half: bool = False,
     ) -> Check:
         """Write the model for a runtime, run the file there, and hold its answers against the model's.
 
         Args:
-            format: ``onnx`` or ``torch_export``.
+            format: ``onnx``, ``openvino`` or ``torch_export``.
             path: the file to write.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score the file in its runtime: it is called with a module that runs the file.
             dynamic_batch: whether the file takes batches of any size.
             tolerance: greatest difference allowed, as a share of the largest answer; by the model's type by default.
+            opset: version of ONNX's operators, for ``onnx`` and ``openvino``.
+            half: whether to write weights and to compute in float16.
         Raises:
             ExportError: it cannot be exported, or the file does not answer as the model does.
         """
-        options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance}
+        options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "opset": opset, "half": half}
         given = [as_inputs(batch, like=self.example) for batch in batches or ()]
         check = export_file(self.model, self.example, format, path, given, **options)  # type: ignore[arg-type]
         if evaluate is not None:
@@ -92,6 +113,44 @@ class Compressed:
             )
         self._add(checks=(*self.ledger.checks, check))
         return check
+
+    def verify(
+        self,
+        original: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        formats: Sequence[str] | None = None,
+        batches: Sequence[Any] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        repeats: int = 50,
+    ) -> tuple[Check, ...]:
+        """Export for every runtime that is here, and see what the files are worth: agreement, kernels, time, bytes.
+
+        In each runtime the file is timed against the original in float32, and in bfloat16 where the processor and the
+        runtime have it, in turn. A file that is not faster gets a note that says so.
+
+        Args:
+            original: the model before.
+            folder: where to write the files: ``model.onnx``, ``model.xml``.
+            formats: of ``onnx`` and ``openvino``, which; None for those whose runtime is installed.
+            batches: real inputs to compare on, beside the example and made-up ones.
+            evaluate: the task's, to score every file in its runtime.
+            repeats: timed calls of each.
+        Returns:
+            The checks, which the ledger holds from then on.
+        Raises:
+            ExportError: a runtime that was asked for is missing, none is here, or a file does not answer as the model.
+        """
+        names = available() if formats is None else tuple(formats)
+        if not names:
+            raise ExportError("there is no runtime to verify in: pip install 'featherweight[onnx]' or '[openvino]'")
+        checks = []
+        for name in names:
+            path = Path(folder) / file_name(name)
+            self.export(name, path, batches, evaluate=evaluate)
+            checks.append(measured(self.ledger.checks[-1], original, path, self.example, repeats))
+        self._add(checks=(*self.ledger.checks[: -len(checks)], *checks))
+        return tuple(checks)
 
     def time(
         self, original: nn.Module, runtimes: Sequence[str] = ("torch", "onnxruntime"), repeats: int = 50
@@ -124,17 +183,18 @@ def plans(ledger: Ledger) -> list[tuple[int, Plan]]:
     return [(n, Plan.from_json({"step": entry.step, "layers": entry.plan})) for n, entry in chosen]
 
 
-def load(path: str | os.PathLike[str], into: nn.Module) -> Compressed:
+def load(path: str | os.PathLike[str], into: nn.Module, *, dense: bool = False) -> Compressed:
     """A compressed model from its file, in a copy of a freshly made model.
 
     Args:
         path: what `Compressed.save` wrote.
         into: the model as it was before compression, such as ``make_model()``; its values do not matter, and it is not
             changed.
+        dense: give plain weights. By default masks, grids and tables are there as they were, for further training.
     Raises:
         ArtifactError: the file is missing, foreign, newer, truncated or damaged, or is another model's.
     """
-    model, edits, ledger, example = artifact.load(path, copy.deepcopy(into))
+    model, edits, ledger, example = artifact.load(path, copy.deepcopy(into), dense)
     return Compressed(model.eval(), edits, ledger, sketched(example))
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from featherweight.batch import Inputs, sketched
 from featherweight.errors import ArtifactError, EditError, did_you_mean
-from featherweight.forms import Form
-from featherweight.graph import GraphError, Narrowing
+from featherweight.forms import (
+    Constraint,
+    Form,
+    Gridded,
+    Masked,
+    Rounded,
+    Rounding,
+    constrained_tensors,
+    constraints_on,
+    released,
+)
+from featherweight.graph import GraphError, ModelGraph, Narrowing, fold, graph_module, put_on_edges
 
 
 class Edit(ABC):
@@ -69,6 +83,38 @@ class Replace(Edit):
 
 
 @dataclass(frozen=True)
+class Constrain(Edit):
+    """Confine the values of one tensor of a layer, above the constraints that are on it.
+
+    Attributes:
+        layer: the layer's name.
+        constraint: what to confine its tensor to.
+        values: the layer's whole state dict afterwards; None leaves it as it is, for a state dict loaded later.
+    """
+
+    layer: str
+    constraint: Constraint
+    values: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        layer = find(model, self.layer)
+        made = self.constraint.put_on(layer)
+        if self.values is not None:
+            try:
+                layer.load_state_dict(dict(self.values))
+            except RuntimeError as error:
+                raise EditError(f"the values for {self.layer!r} are not those of {self.constraint}: {error}") from error
+            made.check(getattr(layer, self.constraint.tensor).shape)
+        return model
+
+    def describe(self) -> str:
+        return f"{self.layer}: {self.constraint}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edit": "Constrain", "layer": self.layer, "constraint": self.constraint.to_json()}
+
+
+@dataclass(frozen=True)
 class Leave(Edit):
     """Leave a layer as it is, and say why.
 
@@ -114,6 +160,185 @@ class Narrow(Edit):
         return {"edit": "Narrow", "narrowing": self.narrowing.to_json()}
 
 
+@dataclass(frozen=True)
+class Capture(Edit):
+    """Keep the model as its graph from now on, in which every operation can be reached.
+
+    Attributes:
+        inputs: the example's shapes and types, to capture the graph with.
+    """
+
+    inputs: Mapping[str, Any] = field(repr=False)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return as_graph(model, sketched(self.inputs))
+
+    def describe(self) -> str:
+        return "kept as a graph"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edit": "Capture", "inputs": dict(self.inputs)}
+
+
+@dataclass(frozen=True)
+class Fold(Edit):
+    """Fold batch norms of a graph into the layers in front of them.
+
+    Attributes:
+        norms: the batch norms' names in the graph.
+    """
+
+    norms: tuple[str, ...]
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        graph = _graph(model)
+        try:
+            fold(graph, self.norms, lambda name, factor, spread: _scale(graph, name, factor, spread))
+        except GraphError as error:
+            raise EditError(str(error)) from error
+        return graph
+
+    def describe(self) -> str:
+        return f"{len(self.norms)} batch norms folded into the layers in front of them"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edit": "Fold", "norms": list(self.norms)}
+
+
+@dataclass(frozen=True)
+class Quantize(Edit):
+    """Round what goes along edges of a graph.
+
+    Attributes:
+        edges: by the name of a value, how it is rounded, and the names of what reads it rounded; None for all that
+            read it.
+        values: by the name of a value, scale and zero point; None leaves them, for a state dict loaded later.
+    """
+
+    edges: Mapping[str, tuple[Rounding, tuple[str, ...] | None]]
+    values: Mapping[str, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        graph = _graph(model)
+        device = next((t.device for t in graph.parameters()), None)
+
+        def make(name: str) -> Rounded:
+            made = Rounded(self.edges[name][0], device)
+            if self.values is not None and name in self.values:
+                made.set_range(*self.values[name])
+            return made
+
+        try:
+            put_on_edges(graph, {name: readers for name, (_, readers) in self.edges.items()}, make)
+        except GraphError as error:
+            raise EditError(str(error)) from error
+        return graph
+
+    def describe(self) -> str:
+        return f"{len(self.edges)} activations rounded"
+
+    def to_json(self) -> dict[str, Any]:
+        edges = {
+            name: {"rounding": rounding.to_json(), "readers": None if readers is None else list(readers)}
+            for name, (rounding, readers) in self.edges.items()
+        }
+        return {"edit": "Quantize", "edges": edges}
+
+    @staticmethod
+    def of_json(edges: Mapping[str, Any]) -> Quantize:
+        """The edit back from its edges as JSON.
+
+        Raises:
+            ArtifactError: not such an edit of this version.
+        """
+        made: dict[str, tuple[Rounding, tuple[str, ...] | None]] = {}
+        for name, edge in edges.items():
+            match edge:
+                case {"rounding": Mapping() as rounding, "readers": None | list() as readers, **rest} if not rest:
+                    made[name] = (Rounding.from_json(rounding), None if readers is None else tuple(map(str, readers)))
+                case _:
+                    raise ArtifactError(f"this is not an edge that this version knows: {edge}")
+        return Quantize(made)
+
+
+def _graph(model: nn.Module) -> ModelGraph:
+    if not isinstance(model, ModelGraph):
+        raise EditError(f"{type(model).__name__} is no graph yet: Capture comes first")
+    return model
+
+
+def as_graph(model: nn.Module, inputs: Inputs) -> ModelGraph:
+    """The model as a graph, its constraints on their tensors as before; one that is a graph already as it is.
+
+    Args:
+        model: the model.
+        inputs: an example of its inputs.
+    Raises:
+        EditError: the graph cannot be captured.
+    """
+    if isinstance(model, ModelGraph):
+        return model
+    if not inputs.tensors():
+        raise EditError(
+            f"the graph of {type(model).__name__} cannot be captured without an example of its inputs: they have to be "
+            "tensors and plain values, not nested in other containers"
+        )
+    held = [(name, tensor, constraints_on(module, tensor)) for name, module, tensor in constrained_tensors(model)]
+    beneath = {(n, t): model.get_submodule(n).parametrizations[t].original for n, t, _ in held}  # type: ignore[index, union-attr]
+    try:
+        graph = graph_module(released(model), inputs)
+    except GraphError as error:
+        raise EditError(str(error)) from error
+    for name, tensor, constraints in held:
+        try:
+            holder = graph.get_submodule(name)
+        except AttributeError:  # a layer that the example never calls is not in the graph
+            continue
+        if tensor not in holder._parameters:
+            continue
+        setattr(
+            holder, tensor, nn.Parameter(beneath[name, tensor].detach().clone(), beneath[name, tensor].requires_grad)
+        )
+        for constraint in constraints:
+            parametrize.register_parametrization(holder, tensor, copy.deepcopy(constraint), unsafe=True)
+    return graph
+
+
+def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tensor], Tensor]) -> None:
+    """Multiply a layer's weight by a factor for every output, exactly where the weight lies on a grid.
+
+    Raises:
+        EditError: a constraint would not hold any more.
+    """
+    path, _, leaf = name.rpartition(".")
+    holder = graph.get_submodule(path)
+    constraints = constraints_on(holder, leaf)
+    for constraint in constraints:
+        if isinstance(constraint, Gridded):
+            form = constraint.form
+            if form.axis is None or spread(factor).shape[form.axis] != len(factor) or not form.symmetric:
+                raise EditError(f"{name} lies on a grid of {form}, which does not let every output have its own scale")
+            with torch.no_grad():
+                each = factor.abs().to(constraint.scale.dtype)
+                each = each.reshape(-1, *(1 for _ in constraint.scale.shape[1:]))
+                constraint.scale.mul_(torch.where(each > 0, each, 1))
+        elif not isinstance(constraint, Masked):
+            raise EditError(f"{name} is confined to {constraint}, and would not be after it is multiplied")
+    stack = getattr(holder, "parametrizations", {})
+    old = stack[leaf].original if leaf in stack else getattr(holder, leaf)
+    with torch.no_grad():
+        new = nn.Parameter((old.double() * spread(factor)).to(old.dtype), requires_grad=old.requires_grad)
+    if leaf in stack:
+        stack[leaf].original = new
+    else:
+        setattr(holder, leaf, new)
+
+
+def remade(layer: str, form: Form, values: Mapping[str, Tensor] | None = None) -> Replace | Constrain:
+    """The edit that gives a layer this form: in its place, or on one of its tensors."""
+    return Constrain(layer, form, values) if isinstance(form, Constraint) else Replace(layer, form, values)
+
+
 def from_json(data: Mapping[str, Any]) -> Edit:
     """The edit back from its JSON.
 
@@ -123,10 +348,20 @@ def from_json(data: Mapping[str, Any]) -> Edit:
     match data:
         case {"edit": "Replace", "layer": str(layer), "form": Mapping() as form, **rest} if not rest:
             return Replace(layer, Form.from_json(form))
+        case {"edit": "Constrain", "layer": str(layer), "constraint": Mapping() as form, **rest} if not rest:
+            constraint = Form.from_json(form)
+            if isinstance(constraint, Constraint):
+                return Constrain(layer, constraint)
         case {"edit": "Leave", "layer": str(layer), "reason": str(reason), **rest} if not rest:
             return Leave(layer, reason)
         case {"edit": "Narrow", "narrowing": Mapping() as narrowing, **rest} if not rest:
             return Narrow(Narrowing.from_json(narrowing))
+        case {"edit": "Capture", "inputs": Mapping() as inputs, **rest} if not rest:
+            return Capture(dict(inputs))
+        case {"edit": "Fold", "norms": list(norms), **rest} if not rest:
+            return Fold(tuple(map(str, norms)))
+        case {"edit": "Quantize", "edges": Mapping() as edges, **rest} if not rest:
+            return Quantize.of_json(edges)
     raise ArtifactError(f"this is not an edit that this version knows: {dict(data)}")
 
 

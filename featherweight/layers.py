@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias, TypeVar, Union
 
@@ -41,32 +41,51 @@ def unmatched(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     ]
 
 
-def layer_names(model: nn.Module) -> list[str]:
-    """The names of all Linear and Conv layers, in the order the model registers them."""
-    return [name for name, module in weighted_layers(model).items() if is_layer(module)]
+def layer_names(model: nn.Module, inside: bool = False) -> list[str]:
+    """The names of all Linear and Conv layers, in the order the model registers them.
+
+    Args:
+        model: the network.
+        inside: whether those that a replaced layer is made of are among them.
+    """
+    return [name for name, module in weighted_layers(model, inside).items() if is_layer(module)]
 
 
-def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear and Conv layers, other kinds of layers that multiply by a weight, and replaced ones as wholes, by name."""
-    replaced = {id(part) for form in model.modules() if isinstance(form, FormModule) for part in form.children()}
+def weighted_layers(model: nn.Module, inside: bool = False) -> dict[str, nn.Module]:
+    """Linear and Conv layers, and other kinds of layers that multiply by a weight, by name.
+
+    Args:
+        model: the network.
+        inside: whether to give, of a layer that was replaced, those that it is made of; otherwise it is one whole.
+    """
+    forms = [module for module in model.modules() if isinstance(module, FormModule)]
+    hidden = {id(part) for form in forms for part in ([form] if inside else form.children())}
     weighted = (*_WEIGHTED, FormModule)
-    named = [(n, m) for n, m in model.named_modules() if n and id(m) not in replaced]
+    named = [(n, m) for n, m in model.named_modules() if n and id(m) not in hidden]
     return {n: m for n, m in named if is_layer(m) or isinstance(m, weighted)}
 
 
-def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str]) -> dict[str, str]:
-    """Layers that no technique may replace, with the reason.
+def nearest(name: str, names: Container[str]) -> str | None:
+    """The longest part of a layer's dotted name that is among the names; None where there is none."""
+    while name and name not in names:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str], inside: bool = False) -> dict[str, str]:
+    """Layers that no technique may change, with the reason.
 
     Args:
         model: the network.
         called: names of the layers that the example calls.
         ignore: patterns of layers that the user wants left alone.
+        inside: whether layers that a replaced one is made of are looked at, or that one as a whole.
     """
     called, found = set(called), {}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for name, layer in weighted_layers(model).items():
+    for name, layer in weighted_layers(model, inside).items():
         if matches(name, ignore):
             found[name] = "ignored, as asked"
         elif isinstance(layer, FormModule):
@@ -77,7 +96,7 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str]) ->
             found[name] = reason
         elif (shared := _shared_with(model, name, layer, owners)) is not None:
             found[name] = shared
-        elif name not in called:
+        elif nearest(name, called) is None:
             found[name] = "the example never calls it: it is unused, or another module uses its weight directly"
         elif not layer.weight.is_floating_point() or layer.weight.is_complex():
             found[name] = f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"

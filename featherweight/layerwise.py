@@ -10,18 +10,19 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
+from featherweight.cost.confined import confined
 from featherweight.cost.cost import Cost
-from featherweight.cost.count import LayerCall
+from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics, gather_paired, my_share
 from featherweight.curvature.lockstep import Lockstep
-from featherweight.edits import Edit, Leave, Replace
+from featherweight.edits import Edit, Leave, Replace, remade
 from featherweight.errors import RecipeError, TaskError, did_you_mean
-from featherweight.forms import Form, Layer, is_layer
-from featherweight.layers import PerLayer, for_layer, layer_names, obstacles, unmatched, weighted_layers
+from featherweight.forms import Constraint, Form, Layer, is_layer
+from featherweight.layers import layer_names, nearest, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, finetune, reestimate_batch_norm
 from featherweight.progress import track
@@ -29,7 +30,7 @@ from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.evaluations import Evaluations, key
 from featherweight.search.greedy import Greedy
-from featherweight.search.optimal import Optimal, check, rounded_up
+from featherweight.search.optimal import Optimal, check
 from featherweight.search.options import Choosing, Option, Plan, Selector, Table
 from featherweight.search.replay import Replay
 from featherweight.snapshot import repriced
@@ -50,7 +51,6 @@ class Layerwise(Step):
 
     Attributes:
         budget: what the whole network may cost, in shares of what the recipe was given; options are then chosen.
-        ratio: the share of a layer's MACs to keep, 0 to 1, instead of a budget; per layer where it is a mapping.
         select: who chooses under a budget: ``"optimal"`` (least predicted loss over all layers), ``"greedy"`` (measured
             scores, layer by layer), a selector with settings such as ``Greedy(candidates=5)``, or a plan.
         ignore: patterns of layers to leave alone.
@@ -62,7 +62,6 @@ class Layerwise(Step):
     """
 
     budget: Budget | None = None
-    ratio: PerLayer[float] | None = None
     select: Any = "optimal"
     ignore: tuple[str, ...] = ()
     data_aware: bool | None = None
@@ -70,6 +69,11 @@ class Layerwise(Step):
     samples: int = 512
     epochs_per_layer: float = 0
     epochs: float = 0
+
+    # Whether the layers that a replaced one is made of are worked on, as where values change and shapes stay.
+    inside_forms: ClassVar[bool] = False
+    # What costs are told in where no budget names one.
+    metric: ClassVar[str] = "macs"
 
     # What a technique says ------------------------------------------------------------------------------------------
 
@@ -107,25 +111,29 @@ class Layerwise(Step):
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:
         """The state dict of the layer in its new form, fitted to the statistics."""
 
+    @abstractmethod
     def decided(self, name: str, options: Sequence[Option], whole: Cost) -> Option | None:
         """The option that the settings spell out, where nothing is left to choose; None for the layer as it is.
 
         Raises:
             LookupError: there is no such option; the message says why the layer stays as it is.
         """
-        assert self.ratio is not None
-        ratio = for_layer(self.ratio, name, default=1.0)
-        if ratio == 1:
-            return None
-        found = [o for o in options if o.cost.macs <= ratio * whole.macs]
-        if not found:
-            least = min(o.cost.macs for o in options) / whole.macs
-            raise LookupError(f"no option keeps as little as {ratio:g} of its MACs: the least is {rounded_up(least):g}")
-        return max(found, key=lambda o: o.cost.macs)
+
+    def settle(self, study: Study, plan: Plan, model: nn.Module) -> bool:
+        """Work on the values of several layers at once, in place, after each was fitted alone.
+
+        Args:
+            study: of the original.
+            plan: what was carried out.
+            model: the network as it is now.
+        Returns:
+            Whether anything was changed.
+        """
+        return False
 
     def ways(self) -> dict[str, Any]:
         """The settings that say how much, of which exactly one must be given."""
-        return {"budget": self.budget, "ratio": self.ratio, "select": self.select if self.plan is not None else None}
+        return {"budget": self.budget, "select": self.select if self.plan is not None else None}
 
     # Settings -------------------------------------------------------------------------------------------------------
 
@@ -151,6 +159,8 @@ class Layerwise(Step):
     @property
     def selector(self) -> Selector:
         """Who chooses under a budget; with a plan, nobody does."""
+        if self.select == "optimal":
+            return Optimal(metric=self.metric)
         return SELECTORS[self.select]() if isinstance(self.select, str) else cast(Selector, self.select)
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
@@ -173,16 +183,13 @@ class Layerwise(Step):
             found += self.selector.problems(self.budget)
         if self.plan is not None and self.plan.step != self.name:
             found.append(f"the plan is for {self.plan.step}")
-        for value in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]:
-            if value is not None and not 0 < value <= 1:
-                found.append(f"ratio is {value}: it is the share of a layer's MACs to keep, above 0 and at most 1")
         if self.data_aware and not task.has_calibration:
             found.append("data_aware needs calibration data: give Task(calibration=...) or leave it out")
         if (self.epochs or self.epochs_per_layer) and task.train is None:
             found.append("epochs needs Task(train=...), which the task does not have")
         if self.samples < 1 or self.epochs < 0 or self.epochs_per_layer < 0:
             found.append("samples must be at least 1, and epochs at least 0")
-        names = list(weighted_layers(model))
+        names = list(weighted_layers(model, self.inside_forms))
         return found + unmatched([*self.ignore, *self._patterns()], names)
 
     def _patterns(self) -> list[str]:
@@ -219,8 +226,7 @@ class Layerwise(Step):
         bench = self._bench(study)
         choosing = self.choose(bench)
         bench.record(choosing)
-        costs = {name: bench.table.find(name, form).cost for name, form in choosing.plan.layers.items()}
-        return repriced(before, costs)
+        return repriced(before, bench.row_costs(choosing.plan))
 
     def _bench(self, study: Study) -> _Bench:
         """The one bench of this step and study."""
@@ -233,7 +239,7 @@ class Layerwise(Step):
         """The plan: the given one, the one the settings spell out, or the selector's."""
         table = bench.table
         if self.plan is not None:
-            return Choosing(self._ordered(self.plan, bench, table), "manual")
+            return Choosing(self._ordered(self.plan, bench, table), "manual", self.metric)
         if self.budget is None:
             picked: dict[str, Form] = {}
             for name, options in table.options.items():
@@ -243,7 +249,7 @@ class Layerwise(Step):
                     bench.left[name] = str(error.args[0])
                 else:
                     picked |= {name: option.form} if option and option.form else {}
-            return Choosing(Plan(self.name, picked), "manual")
+            return Choosing(Plan(self.name, picked), "manual", self.metric)
         return self.selector.choose(table, self.budget, bench, self.name)
 
     def _ordered(self, plan: Plan, bench: _Bench, table: Table) -> Plan:
@@ -273,11 +279,13 @@ class _Bench:
     def layers(self) -> dict[str, Layer]:
         """The layers that can be replaced, in calling order; the others are listed in `left`."""
         rows, original = self.study.profile.layers, self.study.original
-        self.left.update(obstacles(original, [n for n, row in rows.items() if row.calls], self.step.ignore))
+        called, inside = [n for n, row in rows.items() if row.calls], self.step.inside_forms
+        self.left.update(obstacles(original, called, self.step.ignore, inside))
         able: dict[str, Layer] = {}
-        for name in [*(n for n in rows if n in set(layer_names(original))), *layer_names(original)]:
+        order = {name: place for place, name in enumerate(rows)}
+        for name in sorted(layer_names(original, inside), key=lambda n: order.get(nearest(n, order) or "", len(order))):
             layer = original.get_submodule(name)
-            if name in self.left or name in able or not is_layer(layer):
+            if name in self.left or not is_layer(layer):
                 continue
             if (reason := self.step.unfit(layer)) is not None:
                 self.left[name] = reason
@@ -299,13 +307,15 @@ class _Bench:
         rows, metrics = self.study.profile.layers, self.metrics
         options: dict[str, tuple[Option, ...]] = {}
         for name, layer in self.layers.items():
-            row = rows[name]
-            found = self.step.priced(name, layer, row.calls)
-            cheaper = [o for o in found if any(o.cost.metric(m) < row.cost.metric(m) for m in metrics)]
+            # A layer inside a replaced one has no row: what is of the values alone can be priced without its calls.
+            calls, whole = rows[name].calls if name in rows else (), self._whole(name)
+            found = self.step.priced(name, layer, calls)
+            cheaper = [o for o in found if any(o.cost.metric(m) < whole.metric(m) for m in metrics)]
             if cheaper:
-                options[name] = (Option(name, None, row.cost, 0.0), *cheaper)
+                options[name] = (Option(name, None, whole, 0.0), *cheaper)
             else:
-                self.left[name] = "every option costs as much as the layer itself, or more"
+                dear = "every option costs as much as the layer itself, or more"
+                self.left[name] = dear if found else "nothing was asked of it"
         return Table(options, self.study.profile.total, self.study.start)
 
     @cached_property
@@ -317,10 +327,35 @@ class _Bench:
             options[name] = (whole, *(replace(o, loss=loss) for o, loss in zip(others, losses, strict=True)))
         return replace(self.prices, options=options)
 
+    def _whole(self, name: str) -> Cost:
+        """What a layer costs as it is."""
+        rows = self.study.profile.layers
+        return rows[name].cost if name in rows else price(self.layers[name], ())
+
+    def offer(self, name: str, form: Constraint) -> None:
+        """Put a constraint that the settings spell out among its layer's options; before these are weighed."""
+        prices = self.prices
+        whole, *others = prices.options.get(name) or (Option(name, None, self._whole(name), 0.0),)
+        if all(option.form != form for option in others):
+            others.append(Option(name, form, confined(whole.cost, self.layers[name], form), 0.0))
+            others.sort(key=lambda option: option.cost.metric(self.metrics[0]))
+            self.__dict__["prices"] = replace(prices, options={**prices.options, name: (whole, *others)})
+            self.left.pop(name, None)
+
+    def row_costs(self, plan: Plan) -> dict[str, Cost]:
+        """What the rows of the profile would cost under a plan; layers inside a replaced one count to its row."""
+        rows = self.study.profile.layers
+        costs: dict[str, Cost] = {}
+        for name, form in plan.layers.items():
+            row = nearest(name, rows) or name
+            saved = self.table.options[name][0].cost - self.table.find(name, form).cost
+            costs[row] = costs.get(row, rows[row].cost) - saved
+        return costs
+
     @property
     def metrics(self) -> list[str]:
         """The costs that count here."""
-        return list(self.step.budget.costs() if self.step.budget else ()) or ["macs"]
+        return list(self.step.budget.costs() if self.step.budget else ()) or [self.step.metric]
 
     # Trials, as selectors ask for them ------------------------------------------------------------------------------
 
@@ -343,6 +378,7 @@ class _Bench:
             assert option.form is not None
             layer = self.layers[option.layer]
             values = self.step.values(layer, option.form, self.statistics.get(option.layer) if self.aware else None)
+            # A constraint comes with a copy of its layer here: the layer is put back as it was afterwards.
             with self.replay.changed(Replace(option.layer, option.form, values)) as model:
                 return self.study.scorer(model)
 
@@ -361,7 +397,9 @@ class _Bench:
     @cached_property
     def _identity(self) -> tuple[str, ...]:
         """What a score depends on beside the layer and its option: the model, the data, and how values are fitted."""
-        settings = f"{self.step.name} data_aware={self.aware} samples={self.step.samples} seed={self.study.seed}"
+        chosen = ("budget", "select", "ignore", "epochs", "epochs_per_layer")
+        own = sorted((k, repr(v)) for k, v in self.step.settings().items() if k not in chosen)
+        settings = f"{self.step.name} {own} data_aware={self.aware} seed={self.study.seed}"
         return (fingerprint(self.study.original), self.study.task.fingerprint(), repr(self.baseline), settings)
 
     # Carrying out ---------------------------------------------------------------------------------------------------
@@ -378,11 +416,13 @@ class _Bench:
         lockstep = self._lockstep(model) if self.aware and step.asymmetric and plan.layers else None
         for name, form in track(plan.layers.items(), "fitting layers", total=len(plan.layers)):
             layer = self.layers[name]
-            yield Replace(name, form, step.values(layer, form, self._seen(name, lockstep) if self.aware else None))
+            yield remade(name, form, step.values(layer, form, self._seen(name, lockstep) if self.aware else None))
             if train and step.epochs_per_layer:
                 finetune(model, task, step.epochs_per_layer)
                 if lockstep is not None:
                     lockstep.close()  # all layers have changed
+        if train and plan.layers and step.settle(self.study, plan, model) and lockstep is not None:
+            lockstep.close()
         if plan.layers:
             self._mend(plan, model, lockstep)
         if train and step.epochs:
@@ -399,7 +439,8 @@ class _Bench:
         seen = self.statistics.get(name)
         if seen is None or lockstep is None:
             return seen
-        pairs = lockstep.at(name, calls=len(self.study.profile.layers[name].calls))
+        rows = self.study.profile.layers
+        pairs = lockstep.at(name, calls=len(rows[nearest(name, rows) or name].calls))
         now = gather_paired(self.layers[name], pairs, samples=lockstep.samples, seed=self.study.seed)
         if now is None:
             raise TaskError(f"no calibration batch reached {name!r}")
@@ -411,7 +452,7 @@ class _Bench:
         if not task.has_calibration:
             return
         rows = list(self.study.profile.layers)
-        behind = set(rows[min(rows.index(name) for name in plan.layers) :])
+        behind = set(rows[min(rows.index(nearest(name, rows) or name) for name in plan.layers) :])
         seen = sum(inputs.batch_size for inputs in task.batches(model, samples))
         if seen < MENDING_SAMPLES:
             return

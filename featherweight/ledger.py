@@ -149,6 +149,14 @@ class Check:
         bytes: its size on disk.
         difference: greatest relative difference of any output: max|a − b| / max|b|.
         score: the task's score of the file in its runtime, where it could be asked.
+        signal_to_noise_db: of every output, ``10 · log10(Σ b² / Σ (a − b)²)``, at most 200.
+        runtime: where the file was run, such as ``onnxruntime``.
+        integer_operations: how many of the operations that multiply its runtime computes on whole numbers.
+        operations: how many operations multiply there.
+        in_float: those that it computes in floating point, by kind.
+        latency_ms: median time of a call there, and of the original in float32 and in bfloat16 in the same runtime.
+        float32_ms, bfloat16_ms: None where not measured.
+        notes: what the user should know, a sentence each.
     """
 
     format: str
@@ -156,6 +164,15 @@ class Check:
     bytes: int
     difference: float
     score: float | None = None
+    signal_to_noise_db: tuple[float, ...] = ()
+    runtime: str = ""
+    integer_operations: int | None = None
+    operations: int | None = None
+    in_float: tuple[str, ...] = ()
+    latency_ms: float | None = None
+    float32_ms: float | None = None
+    bfloat16_ms: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +235,7 @@ class Ledger:
                 for entry in data["steps"]
             )
             timings = tuple(_record(Timing, t) for t in data["timings"])
-            checks = tuple(_record(Check, c) for c in data["checks"])
+            checks = tuple(_check(c) for c in data["checks"])
             return _record(cls, data, steps=steps, timings=timings, checks=checks)
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"this is not a ledger of this version: {error!r}") from error
@@ -252,6 +269,11 @@ def _record(kind: type[Record], data: Mapping[str, Any], **parsed: Any) -> Recor
 def _snapshot(data: Mapping[str, Any]) -> Snapshot:
     layers = {name: _record(Row, row) for name, row in data["layers"].items()}
     return _record(Snapshot, data, total=_record(Row, data["total"]), layers=layers, uncounted=tuple(data["uncounted"]))
+
+
+def _check(data: Mapping[str, Any]) -> Check:
+    several = {name: tuple(data.get(name, ())) for name in ("signal_to_noise_db", "in_float", "notes")}
+    return _record(Check, data, **several)
 
 
 def _choice(data: Mapping[str, Any]) -> Choice:

@@ -47,7 +47,7 @@ from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
 
-VERBS = ("factorize", "prune", "distill", "tune")
+VERBS = ("factorize", "prune", "quantize", "share", "distill", "tune")
 
 
 @dataclass(frozen=True, init=False)
@@ -341,7 +341,7 @@ class _Run:
             reasons = sorted({edit.reason for edit in done if isinstance(edit, Leave)})
             why = "; ".join(reasons) or "no layer it could change"
             warnings.warn(f"{step.name} changed nothing: {why}", NoEffect, stacklevel=4)
-        if changes:
+        if changes or study.trained:  # what constrained values take depends on them
             self.profile = profile(self.model, self.task.inputs())
         _check_called(self.model, self.profile, changes)
         after = of_profile(self.profile, after_score)
@@ -387,7 +387,9 @@ class _Run:
     def _keep(self, index: int) -> None:
         if self.folder is None:
             return
-        artifact.save(self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger)
+        artifact.save(
+            self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger, coding="fast", beneath=True
+        )
         state = {"steps": index + 1, "identity": self._identity(index + 1)}
         with draft(self.folder / "run.json") as file:
             file.write_text(json.dumps(state), encoding="utf-8")

@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "featherweight"
 
 # Bottom to top. A room (a file or folder of the package) imports from rows above its own only, never from its own row.
 LAYERS = (
-    ("errors", "matching", "settings"),
+    ("errors", "machine", "matching", "settings"),
     ("files",),
     ("batch", "ledger", "progress"),
-    ("forms", "graph"),
+    ("code", "forms", "graph"),
     ("train",),
     ("task",),
     ("edits", "score"),
@@ -23,9 +23,9 @@ LAYERS = (
     ("mend", "snapshot", "study"),
     ("search", "step"),
     ("layerwise", "retraining"),
-    ("distill", "factorize", "prune", "tune"),  # the verb folders
+    ("distill", "factorize", "prune", "quantize", "share", "tune"),  # the verb folders
     ("artifact", "export", "report"),
-    ("compressed",),
+    ("compressed", "packing"),
     ("inspection", "recipe"),
     ("compact",),
     ("__init__",),
@@ -33,7 +33,7 @@ LAYERS = (
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
-HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "transformers")
+HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "openvino", "scipy", "sklearn", "transformers")
 
 
 def room_of(file: Path) -> str:

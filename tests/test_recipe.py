@@ -274,8 +274,8 @@ def test_wrong_types_in_yaml_are_found_when_the_recipe_is_checked():
     recipe = fw.Recipe.from_yaml("steps: [{factorize.SVD: {ratio: high, ignore: first}}]")
     model = make(Mixed)
     assert recipe.problems(model, task_of(model)) == [
-        "factorize.SVD: ratio is 'high', a str: it takes float or {layer pattern: float} or None",
         "factorize.SVD: ignore is 'first', a str: it takes a list of str",
+        "factorize.SVD: ratio is 'high', a str: it takes float or {layer pattern: float} or None",
     ]
 
 

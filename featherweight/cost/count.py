@@ -7,15 +7,14 @@ convention has none, says `featherweight.cost.operations`.
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import (
     _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
@@ -31,6 +30,7 @@ from featherweight import batch
 from featherweight.cost import operations
 from featherweight.cost.cost import Cost
 from featherweight.errors import TaskError
+from featherweight.forms import Constrained, Rounded, constraints_on, stored, without_data
 
 Shape = tuple[int, ...]
 
@@ -148,7 +148,7 @@ def price(module: nn.Module, calls: Sequence[LayerCall]) -> Cost:
         TaskError: the module does not take such inputs, or must see values to know what to do.
     """
     if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        module = _without_data(module)
+        module = without_data(module)
     with batch.mode(module, training=False), _watching(module) as watch:
         for call in calls:
             args, kwargs = _arguments(call)
@@ -182,17 +182,31 @@ class _Row:
         name: str = type_before_parametrizations(self.module).__name__
         return name if self.whole else f"{name} (functional)"
 
-    def modules(self) -> Iterable[nn.Module]:
-        return self.module.modules() if self.whole else (self.module,)
+    def modules(self) -> list[nn.Module]:
+        """The module, and those inside it that have no rows of their own."""
+        if self.whole:
+            return list(self.module.modules())
+        inside = getattr(self.module, "parametrizations", None)
+        return [self.module, *(inside.modules() if inside is not None else ())]
+
+    def confined(self) -> list[tuple[nn.Module, str]]:
+        """The modules with a tensor that a constraint is on, and that tensor's name."""
+        held = [(module, getattr(module, "parametrizations", {})) for module in self.modules()]
+        return [(module, name) for module, names in held for name in names if constraints_on(module, name)]
+
+    def _plain(self) -> list[nn.Module]:
+        """The modules without what a confined tensor is made of, which is stored in a form of its own."""
+        confined = {id(part) for module, name in self.confined() for part in module.parametrizations[name].modules()}  # type: ignore[index, union-attr]
+        return [module for module in self.modules() if id(module) not in confined]
 
     def parameters(self) -> list[Tensor]:
-        return [parameter for module in self.modules() for parameter in module.parameters(recurse=False)]
+        return [parameter for module in self._plain() for parameter in module.parameters(recurse=False)]
 
     def buffers(self) -> list[Tensor]:
         """The persistent ones."""
         return [
             buffer
-            for module in self.modules()
+            for module in self._plain()
             for name, buffer in module.named_buffers(recurse=False)
             if name not in module._non_persistent_buffers_set
         ]
@@ -227,12 +241,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rows = {id(row.module): row for row in rows}
         self.running = [(rows[0], 0)]  # rows, the innermost call last, with what they had written before that call
         self.order: dict[str, _Row] = {}
+        self.of_graph = isinstance(model, fx.GraphModule)
+        self.owners = {id(part): row for row in rows if row.whole for part in row.modules()}
+        self.weights = {_place(p): row for row in reversed(rows) if row.whole for p in row.parameters()}
         self.read: set[int | None] = set()
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.alive_bytes = 0
         self.peak_bytes = 0
+        self.confining = 0  # how many constraints are just now at work on a tensor: weights, not activations
 
     def enter_module(self, module: nn.Module, args: Any) -> None:
+        self.confining += isinstance(module, Constrained | Rounded)
         current, _ = self.running[-1]
         row = current if current.whole else self.rows.get(id(module), current)
         if row.module is module:
@@ -242,9 +261,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def leave_module(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> None:
         row, written_before = self.running.pop()
+        self.confining -= isinstance(module, Constrained | Rounded)
         if len(kwargs_and_output) < 2:  # how PyTorch calls the hook where the module raised
             return
         kwargs, output = kwargs_and_output
+        if isinstance(module, Constrained) and (owner := self.owners.get(id(module))) is not None:
+            self.weights |= {_place(tensor): owner for tensor in batch.tensors_in(output)}
         if isinstance(module, nn.RNNBase):
             # What is written on the way depends on the device's kernel, what is returned does not.
             row.written = written_before + sum(map(_bytes, batch.tensors_in(output)))
@@ -263,12 +285,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _book(self, operation: Any, args: Any, kwargs: Any, out: Any) -> None:
         row, _ = self.running[-1]
         macs = operations.macs(operation, args, kwargs, out)
+        if self.of_graph and macs and not self.confining:
+            row = self._holder(row, args)
         if macs is None:
             row.uncounted.add(f"{operations.name_of(operation)} in {row.name}")
         row.macs += macs or 0
 
         read = {_place(tensor) for tensor in batch.tensors_in((args, kwargs))}
         self.read |= read
+        if self.confining:
+            return
         writes, in_place = not operations.writes_nothing(operation), operations.is_in_place(operation)
         for tensor in batch.tensors_in(operations.results(operation, out)):
             is_new = (place := _place(tensor)) not in read
@@ -276,6 +302,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 row.written += _bytes(tensor)
             if is_new and place is not None and place not in self.alive:
                 self._follow(place, tensor.untyped_storage())
+
+    def _holder(self, row: _Row, args: Any) -> _Row:
+        """In a captured graph, which calls no layers: the layer whose weight an operation multiplies by."""
+        for tensor in batch.tensors_in(args):
+            found = self.weights.get(_place(tensor))
+            if found is not None:
+                found.called = True
+                return self.order.setdefault(found.name, found)
+        return row
 
     def _follow(self, place: int, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
@@ -296,21 +331,25 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for row in (*self.order.values(), *(row for row in self.rows.values() if not row.called)):
             parameters, buffers = row.parameters(), row.buffers()
             own_parameters, own_buffers = _not_in(owned, parameters), _not_in(owned, buffers)
+            confined = row.confined()
+            kept = [stored(module, name) for module, name in confined if (id(module), name) not in owned]
+            owned |= {(id(module), name) for module, name in confined}
             cost = Cost(
                 macs=row.macs,
-                params=sum(parameter.numel() for parameter in own_parameters),
-                bytes=sum(_bytes(tensor) for tensor in own_parameters + own_buffers),
+                params=sum(p.numel() for p in own_parameters) + sum(tensor.values for tensor in kept),
+                bytes=sum(map(_bytes, own_parameters + own_buffers)) + sum(tensor.bytes for tensor in kept),
                 activation_bytes=row.written,
                 uncounted=tuple(sorted(row.uncounted)),
             )
             total += cost
-            if parameters or buffers or row.macs or row.uncounted:
+            if parameters or buffers or confined or row.macs or row.uncounted:
                 layers[row.name] = LayerProfile(row.name, row.kind, cost, tuple(row.calls))
         return Profile(layers, total, self.peak_bytes, self._uncalled())
 
     def _uncalled(self) -> tuple[str, ...]:
-        silent = [row for row in self.rows.values() if row.whole and not row.called and row.parameters()]
-        return tuple(row.name for row in silent if not any(_place(p) in self.read for p in row.parameters()))
+        silent = [row for row in self.rows.values() if row.whole and not row.called]
+        held = {row.name: [p for module in row.modules() for p in module.parameters(recurse=False)] for row in silent}
+        return tuple(name for name, own in held.items() if own and not any(_place(p) in self.read for p in own))
 
 
 def _not_in(owned: set[object], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -337,6 +376,7 @@ def _rows(module: nn.Module, name: str = "", seen: set[int] | None = None) -> It
     whole = getattr(module, "is_form", False) or set(children) <= {"parametrizations"}
     yield _Row(name or "(model)", module, whole)
     if not whole:
+        children.pop("parametrizations", None)
         for child_name, child in children.items():
             yield from _rows(child, f"{name}.{child_name}" if name else child_name, seen)
 
@@ -366,14 +406,6 @@ def _arguments(call: LayerCall) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         return tuple(torch.empty(shape, dtype=call.dtype, device="meta") for shape in call.inputs), {}
     args, kwargs = pytree.tree_map(lambda v: v.tensor() if isinstance(v, Blank) else v, call.arguments)
     return args, kwargs
-
-
-def _without_data(module: nn.Module) -> nn.Module:
-    """A copy on the meta device; the values are not copied on the way there."""
-    empty: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
-    for parameter in module.parameters():
-        empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    return copy.deepcopy(module, empty)
 
 
 def _place(tensor: Tensor) -> int | None:

@@ -66,7 +66,7 @@ class Offline(Retraining):
         if not isinstance(other, Offline):
             return NotImplemented
         shared = {name: getattr(self, name) for name in SHARED}
-        default = {f.name: f.default for f in fields(Offline)}
+        default: dict[str, Any] = {f.name: f.default for f in fields(Offline)}
         kinds = []
         for kind in (*self.terms(), *other.terms()):
             # What holds for all is said once; what differs stays, for `problems` to find.

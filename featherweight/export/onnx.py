@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from featherweight.batch import describe
 from featherweight.errors import ExportError
+from featherweight.export.calling import METADATA, FileModel, leaves
 from featherweight.export.program import first_line, has_dynamic_batch, quiet
+from featherweight.export.quantized import Marks, check_opset, emit
 
 ONE_FILE_BYTES = 1_500_000_000  # of weights; one protobuf message, which an ONNX file is, ends at 2 GiB
-METADATA = "featherweight"  # the key, in the file, of what ONNX has no place for: how the model is called and answers
 
 
 def session(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxModel:
@@ -33,7 +32,14 @@ def session(path: str | os.PathLike[str], *, threads: int | None = None) -> Onnx
     return OnnxModel(path, threads=threads)
 
 
-def write(program: ExportedProgram, path: Path, *, opset: int | None = None) -> None:
+def write(
+    program: ExportedProgram,
+    path: Path,
+    *,
+    opset: int | None = None,
+    marks: Marks | None = None,
+    portable: bool = False,
+) -> tuple[str, ...]:
     """Write a captured program to `path` as one ONNX file with its weights inside.
 
     Inputs keep the names of the arguments of the model's `forward`; outputs are called ``output``, ``output_0``,
@@ -43,12 +49,18 @@ def write(program: ExportedProgram, path: Path, *, opset: int | None = None) -> 
     Args:
         program: the model, as `featherweight.export.program.capture` gives it.
         path: the file to write.
-        opset: version of ONNX's operators; by default the one PyTorch's exporter is written for.
+        opset: version of ONNX's operators; by default the one PyTorch's exporter is written for, or a later one that
+            has the types it takes.
+        marks: what of it is whole numbers, as `featherweight.export.quantized.marked` gives it.
+        portable: whether to keep to ONNX's own operators.
+    Returns:
+        What the reader of the file should know, a sentence each.
 
     Raises:
         ExportError: an operation has no counterpart in ONNX, or not in this `opset`, or a package is missing.
     """
     _need("onnx", "onnxscript")
+    opset = check_opset(marks or {}, opset)
     call, inputs, outputs = _naming(program)
     batch_axes = [{0: "batch"}] * len(inputs) if has_dynamic_batch(program) else None
     with quiet():
@@ -72,6 +84,7 @@ def write(program: ExportedProgram, path: Path, *, opset: int | None = None) -> 
         )
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name  # the exporter renames an input that is also an output
+    notes = emit(made.model, marks, portable=portable) if marks else ()
     _strip(made.model)
     made.model.metadata_props[METADATA] = json.dumps(call)
     weight_bytes = sum(value.const_value.nbytes for value in graph.initializers.values())
@@ -83,25 +96,28 @@ def write(program: ExportedProgram, path: Path, *, opset: int | None = None) -> 
             UserWarning,
             stacklevel=3,
         )
+    return notes
 
 
-class OnnxModel(nn.Module):
+class OnnxModel(FileModel):
     """An ONNX file, answering in ONNX Runtime on the CPU, called as the model was.
-
-    It takes tensors as positional or keyword arguments and returns tensors in the structure the model returned them in;
-    files that others wrote, and structures JSON cannot hold, give a single tensor or a tuple. Floating-point inputs are
-    brought to the type the file asks for. It has no parameters, no gradients, and no training mode.
 
     Args:
         path: the ONNX file.
         threads: of ONNX Runtime; by default as many as PyTorch uses, so that the two can be compared.
+        optimized: a file to write the graph to that ONNX Runtime makes of it on this machine.
 
     Raises:
         ExportError: ONNX Runtime is not installed or cannot run the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        optimized: str | os.PathLike[str] | None = None,
+    ) -> None:
         _need("onnxruntime")
         import onnxruntime
 
@@ -109,64 +125,30 @@ class OnnxModel(nn.Module):
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors, which are raised as well; its warnings are about its own optimizer
+        if optimized is not None:
+            options.optimized_model_filepath = os.fspath(optimized)
         try:
-            self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common class of their own
             reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", str(error))
             raise ExportError(
                 f"ONNX Runtime cannot run {os.path.basename(path)} on the CPU: {reason.strip()}. "
                 "It has few operations in bfloat16 and float64: where the model is one, export model.float()"
             ) from error
-        self.inputs: dict[str, torch.dtype] = {i.name: _dtype(i.type) for i in self.session.get_inputs()}
-        self.dynamic_batch = any(i.shape and isinstance(i.shape[0], str) for i in self.session.get_inputs())
-        self.path = os.fspath(path)
-        written = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
-        call = json.loads(written) if written else {"arguments": list(self.inputs), "fixed": {}, "structure": None}
-        self.arguments: Sequence[str] = call["arguments"]
-        self.fixed: Mapping[str, str] = call["fixed"]
-        self.structure = pytree.treespec_loads(call["structure"]) if call["structure"] else None
-        self.present: Sequence[bool] = call.get("present", ())
-        self.eval()
+        inputs = session.get_inputs()
+        written = session.get_modelmeta().custom_metadata_map.get(METADATA)
+        super().__init__(
+            path,
+            {i.name: _dtype(i.type) for i in inputs},
+            json.loads(written) if written else None,
+            any(i.shape and isinstance(i.shape[0], str) for i in inputs),
+        )
+        self.session = session
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What ONNX Runtime answers.
-
-        Raises:
-            ExportError: the arguments are not the file's inputs, or set what was fixed when the file was written.
-        """
-        answers = [torch.from_numpy(array) for array in self.session.run(None, self._arrays(args, kwargs))]
-        if self.structure is not None:
-            tensors = iter(answers)
-            return pytree.tree_unflatten([next(tensors) if there else None for there in self.present], self.structure)
-        return answers[0] if len(answers) == 1 else tuple(answers)
-
-    def _arrays(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arrays to run with, by input name: keywords by theirs, positional ones by the names left, in order."""
-        given = dict(_leaves(dict(kwargs))) if kwargs else {}
-        names = [name for name in self.arguments if name not in given]
-        positional = pytree.tree_leaves(args)
-        given |= zip(names, positional, strict=False)
-        for name, value in given.items():
-            absent = value is None and name not in self.fixed
-            if name not in self.inputs and not absent and self.fixed.get(name) != repr(value):
-                raise ExportError(f"{self._takes()}: {name}={_shown(value)} would need another export")
-        if len(positional) > len(names):
-            raise ExportError(f"{self._takes()}, but was given {len(positional)} positional arguments")
-        if missing := [name for name in self.inputs if given.get(name) is None]:
-            raise ExportError(f"{self._takes()}, but was not given {', '.join(missing)}")
-        return {name: self._array(name, given[name]) for name in self.inputs}
-
-    def _array(self, name: str, value: Any) -> Any:
-        wanted = self.inputs[name]
-        if not isinstance(value, Tensor):
-            raise ExportError(f"{self._takes()}, but was given {name}={value!r}")
-        if value.dtype != wanted and value.is_floating_point() and wanted.is_floating_point:
-            value = value.to(wanted)
-        return value.detach().cpu().numpy()
-
-    def _takes(self) -> str:
-        fixed = "".join(f", with {name}={value} fixed" for name, value in self.fixed.items())
-        return f"{os.path.basename(self.path)} takes the tensors {', '.join(self.inputs)}{fixed}"
+    def run(self, arrays: Mapping[str, Any]) -> Sequence[Any]:
+        """What ONNX Runtime answers."""
+        answers: Sequence[Any] = self.session.run(None, arrays)
+        return answers
 
 
 def _naming(program: ExportedProgram) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -187,7 +169,7 @@ def _naming(program: ExportedProgram) -> tuple[dict[str, Any], list[str], list[s
 
     tree = program.call_spec.out_spec
     outputs: list[str] = []
-    for name, answer in _leaves(pytree.tree_unflatten(answers, tree)):
+    for name, answer in leaves(pytree.tree_unflatten(answers, tree)):
         if not isinstance(answer, ConstantArgument):
             name = name if name[:1].isalpha() else f"output_{name}".rstrip("_")
             while name in (*inputs, *outputs):
@@ -200,18 +182,6 @@ def _naming(program: ExportedProgram) -> tuple[dict[str, Any], list[str], list[s
         "structure": _as_json(tree),
     }
     return call, inputs, outputs
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Everything in nested containers, named by its keys: ``{"state": (h, c)}`` gives state_0 and state_1."""
-    return [
-        ("_".join(re.findall(r"\w+", pytree.keystr(path))), leaf)
-        for path, leaf in pytree.tree_flatten_with_path(tree)[0]
-    ]
-
-
-def _shown(value: Any) -> str:
-    return describe(value) if isinstance(value, Tensor) else repr(value)
 
 
 def _as_json(tree: pytree.TreeSpec) -> str | None:

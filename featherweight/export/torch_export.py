@@ -16,10 +16,11 @@ from torch.export import ExportedProgram
 from featherweight.export.program import quiet
 
 
-def write(program: ExportedProgram, path: Path) -> None:
-    """Write a captured program to `path`."""
+def write(program: ExportedProgram, path: Path) -> tuple[str, ...]:
+    """Write a captured program to `path`; there is nothing the reader should know."""
     with quiet(), path.open("wb") as file:  # given a path, torch would have it end in .pt2
         torch.export.save(program, file)
+    return ()
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:

@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from featherweight import batch
 from featherweight.batch import Inputs
 from featherweight.errors import ExportError, did_you_mean
-from featherweight.export import onnx, torch_export
+from featherweight.export import onnx, openvino, torch_export
 from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, warn_fixed
+from featherweight.export.quantized import is_quantized, marked
+from featherweight.forms import released
 from featherweight.ledger import Check
 
 # Of the largest answer. Runtimes order sums differently and fuse operations, so a network's answers differ by a few
 # hundred roundings: of 1e-7 in float32, 1e-3 in float16, 8e-3 in bfloat16.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
-Write = Callable[[ExportedProgram, Path], None]
-Load = Callable[[Path], nn.Module]
+# Where activations are rounded, a rounding of one runtime's sum may tip a number to the next step of its grid, which
+# later layers carry on: such a file is judged by the energy of what it is off, and not by its worst number.
+LEAST_DB = 20.0
+MOST_DB = 200.0  # of answers that are equal
 
-_FORMATS: dict[str, tuple[Write, Load]] = {
-    "onnx": (onnx.write, onnx.session),
-    "torch_export": (torch_export.write, torch_export.load),
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        write: a captured program to a path; returns what the file's reader should know.
+        load: the file as a module.
+        whole: whether whole numbers are written as such, out of a program whose numbers are marked.
+        runtime: what runs the file.
+    """
+
+    write: Callable[..., tuple[str, ...]]
+    load: Callable[[Path], nn.Module]
+    whole: bool
+    runtime: str
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format(onnx.write, onnx.session, True, "onnxruntime"),
+    "openvino": Format(openvino.write, openvino.OpenVINOModel, True, "openvino"),
+    "torch_export": Format(torch_export.write, torch_export.load, False, "torch"),
 }
 
 
@@ -43,6 +67,8 @@ def export(
     *,
     dynamic_batch: bool = True,
     tolerance: float | None = None,
+    opset: int | None = None,
+    half: bool = False,
 ) -> Check:
     """Write the model to a file, run the file, and hold its answers against the model's.
 
@@ -53,12 +79,15 @@ def export(
     Args:
         model: the model; it stays as it is.
         inputs: an example of its inputs; its values are not written into the file.
-        format: ``onnx`` or ``torch_export``.
+        format: ``onnx``, ``openvino`` or ``torch_export``.
         path: the file to write; one that exists is replaced only by a file that agrees.
         batches: real inputs to compare on.
         dynamic_batch: whether the file takes batches of any size, where the model does.
         tolerance: greatest difference allowed, as a share of the largest answer; by default 1e-3 in float32,
-            1e-6 in float64, 1e-2 in float16 and 3e-2 in bfloat16.
+            1e-6 in float64, 1e-2 in float16 and 3e-2 in bfloat16. Where activations are rounded, any is allowed by
+            default that leaves a signal-to-noise ratio of 20 dB.
+        opset: version of ONNX's operators, for ``onnx`` and ``openvino``.
+        half: whether to write weights and to compute in float16; inputs and outputs stay what they are.
 
     Returns:
         The check; its score is for the caller to fill in.
@@ -66,26 +95,56 @@ def export(
     Raises:
         ExportError: there is no such format, or the model cannot be exported, or the file does not answer as the model.
     """
-    write, load = _format(format)
+    kind = _format(format)
+    if opset is not None and not kind.whole:
+        raise ExportError(f"{format} has no opset: leave it out")
+    if half and is_quantized(model):
+        raise ExportError("activations of this model are rounded, which float16 is too coarse for: leave half out")
     inputs = inputs.on(model)
+    whole = Halved(model) if half else model
+    plain, marks = marked(whole) if kind.whole else (released(whole), {})
+    settings: dict[str, Any] = {"opset": opset, "marks": marks} if kind.whole else {}
+    tolerance = TOLERANCES[torch.float16] if half and tolerance is None else tolerance
     real = [given.on(model) for given in batches or ()]
     same_size = [given for given in real if given.batch_size == inputs.batch_size]
     made_up = [varied(inputs, size) for size in (1, inputs.batch_size + 2)]
 
     with draft(path) as file:
         held = partial(check, model, format=format, path=file, tolerance=tolerance)
-        program = capture(model, inputs, dynamic_batch=dynamic_batch)
-        write(program, file)
-        answering = load(file)
+        program = capture(plain, inputs, dynamic_batch=dynamic_batch)
+        notes = kind.write(program, file, **settings)
+        answering = kind.load(file)
         if not has_dynamic_batch(program):
-            return held(answering, [inputs, *same_size])
+            return replace(held(answering, [inputs, *same_size]), notes=notes)
         try:
-            return held(answering, [inputs, *real, *made_up])
+            return replace(held(answering, [inputs, *real, *made_up]), notes=notes)
         except ExportError as error:
-            write(capture(model, inputs, dynamic_batch=False), file)
-            found = held(load(file), [inputs, *same_size])
+            kind.write(capture(plain, inputs, dynamic_batch=False), file, **settings)
+            found = held(kind.load(file), [inputs, *same_size])
             warn_fixed(model, inputs, first_line(error))
-            return found
+            return replace(found, notes=notes)
+
+
+class Halved(nn.Module):
+    """A copy of a model in float16, whose inputs and answers are what they were.
+
+    Args:
+        model: which stays as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(released(model)).half().eval()
+        self.kind = batch.dtype_of(model) or torch.float32
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's answer, computed in float16."""
+        given = pytree.tree_map(partial(_cast, torch.float16), (args, kwargs))
+        return pytree.tree_map(partial(_cast, self.kind), self.model(*given[0], **given[1]))
+
+
+def _cast(kind: torch.dtype, value: Any) -> Any:
+    return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def opened(format: str, path: str | os.PathLike[str]) -> nn.Module:
@@ -94,7 +153,7 @@ def opened(format: str, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ExportError: there is no such format, or its runtime cannot run the file.
     """
-    return _format(format)[1](Path(path))
+    return _format(format).load(Path(path))
 
 
 def check(
@@ -119,20 +178,57 @@ def check(
         ExportError: on some batch the answers differ by more than `tolerance`, or one of the two fails.
     """
     path = Path(path)
+    by_energy = tolerance is None and is_quantized(model)
     allowed = TOLERANCES.get(batch.dtype_of(model) or torch.float32, 1e-3) if tolerance is None else tolerance
-    worst = 0.0
+    worst, signal, noise = 0.0, list[float](), list[float]()
     for inputs in batches:
         with torch.no_grad(), batch.mode(model, training=False):
             expected = _answer(model, inputs, type(model).__name__)
-            found = difference(_answer(file_model, inputs, path.name), expected)
-        if not found <= allowed:
+            given = _answer(file_model, inputs, path.name)
+        found = difference(given, expected)
+        here = energies(given, expected)
+        if by_energy:
+            db = min((decibels(*pair) for pair in here), default=MOST_DB)
+            if not db >= LEAST_DB:
+                raise ExportError(
+                    f"{path.name} does not answer as {type(model).__name__} on {inputs}: the signal-to-noise ratio is "
+                    f"{db:.1f} dB, where {LEAST_DB:g} dB are asked for"
+                )
+        elif not found <= allowed:
             raise ExportError(
                 f"{path.name} does not answer as {type(model).__name__} on {inputs}: "
                 f"they differ by {found:.2g} of the largest answer, where {allowed:.2g} is allowed"
             )
         worst = max(worst, found)
-    weights = path.with_name(f"{path.name}.data")  # where ONNX keeps what is too large for one file
-    return Check(format, path.name, sum(f.stat().st_size for f in (path, weights) if f.exists()), worst)
+        signal = [a + b for a, (b, _) in zip(signal or [0.0] * len(here), here, strict=True)]
+        noise = [a + b for a, (_, b) in zip(noise or [0.0] * len(here), here, strict=True)]
+    ratios = tuple(decibels(s, n) for s, n in zip(signal, noise, strict=True))
+    # Where ONNX keeps what is too large for one file, and OpenVINO all weights.
+    beside = (path.with_name(f"{path.name}.data"), *((path.with_suffix(".bin"),) if path.suffix == ".xml" else ()))
+    size = sum(file.stat().st_size for file in (path, *beside) if file.exists())
+    return Check(format, path.name, size, worst, signal_to_noise_db=ratios, runtime=_format(format).runtime)
+
+
+def energies(a: Any, b: Any) -> list[tuple[float, float]]:
+    """Of every output, the energy of the answers `b`, Σ b², and that of what `a` is off, Σ (a − b)²; finite ones only.
+
+    Args:
+        a, b: tensors, or any nesting of them, of the same shapes.
+    """
+    pairs = zip(batch.tensors_in(a), batch.tensors_in(b), strict=True)
+    found = []
+    for x, y in ((x.detach().cpu().double(), y.detach().cpu().double()) for x, y in pairs):
+        counted = x.isfinite() & y.isfinite()
+        x, y = x[counted], y[counted]
+        found.append((float(y.square().sum()), float((x - y).square().sum())))
+    return found
+
+
+def decibels(signal: float, noise: float) -> float:
+    """A ratio of energies in dB, at most 200: that is what equal answers have."""
+    if noise <= signal * 10 ** (-MOST_DB / 10):
+        return MOST_DB
+    return 10 * math.log10(signal / noise) if signal else -MOST_DB
 
 
 def difference(a: Any, b: Any) -> float:
@@ -176,11 +272,11 @@ def varied(inputs: Inputs, batch_size: int) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def _format(name: str) -> tuple[Write, Load]:
-    if name not in _FORMATS:
-        known = ", ".join(_FORMATS)
-        raise ExportError(f"there is no format {name!r}{did_you_mean(name, _FORMATS)}; there are {known}")
-    return _FORMATS[name]
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise ExportError(f"there is no format {name!r}{did_you_mean(name, FORMATS)}; there are {known}")
+    return FORMATS[name]
 
 
 def _answer(model: nn.Module, inputs: Inputs, name: str) -> Any:

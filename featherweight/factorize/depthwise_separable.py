@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.solve import damp, least_squares
 from featherweight.factorize.blocks import GRADIENT_DAMPING, RIDGE, Blocks, factors
+from featherweight.factorize.replacing import Replacing
 from featherweight.forms import Depthwise, Form, Layer
 from featherweight.layers import PerLayer, for_layer
-from featherweight.layerwise import Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
-from featherweight.step import Stage
 from featherweight.task import Task
 
 # Rounds of refitting one factor and then the other.
@@ -38,7 +37,7 @@ MOST_UNKNOWN = 4096
 
 
 @dataclass(frozen=True)
-class DepthwiseSeparable(Layerwise):
+class DepthwiseSeparable(Replacing):
     """Replace convolutions by a k×k one for every channel and a 1×1 one across channels, or by a sum of several.
 
     Attributes:
@@ -46,8 +45,6 @@ class DepthwiseSeparable(Layerwise):
     """
 
     terms: PerLayer[int] | None = None
-
-    stage: ClassVar[Stage] = Stage.SHAPE
 
     def ways(self) -> dict[str, Any]:
         return {**super().ways(), "terms": self.terms}

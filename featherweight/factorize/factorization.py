@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,16 @@ from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
 from featherweight.factorize.blocks import Factors, balanced, blocks, factors, least_losses, predicted_losses, refit
+from featherweight.factorize.replacing import Replacing
 from featherweight.forms import ConvPair, Form, Layer, LinearPair
 from featherweight.layers import PerLayer, for_layer
-from featherweight.layerwise import Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
-from featherweight.step import Stage
 from featherweight.task import Task
 
 
 @dataclass(frozen=True)
-class Factorization(Layerwise):
+class Factorization(Replacing):
     """A layer as two thinner ones.
 
     Attributes:
@@ -34,8 +33,6 @@ class Factorization(Layerwise):
 
     rank: PerLayer[int] | None = None
     multiple_of: PerLayer[int] = 1
-
-    stage: ClassVar[Stage] = Stage.SHAPE
 
     @abstractmethod
     def form(self, rank: int) -> Form:

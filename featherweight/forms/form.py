@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeGuard
 
@@ -45,7 +47,7 @@ class Form(ABC):
         Raises:
             ArtifactError: no such form, or not its fields.
         """
-        known = {kind.__name__: kind for kind in Form.__subclasses__()}
+        known = {kind.__name__: kind for kind in _kinds(Form)}  # type: ignore[type-abstract]
         name, settings = data.get("form"), {k: v for k, v in data.items() if k != "form"}
         if name not in known:
             raise ArtifactError(f"there is no form {name!r}{did_you_mean(str(name), known)}")
@@ -53,6 +55,14 @@ class Form(ABC):
         if set(settings) != expected:
             raise ArtifactError(f"the form {name} has the fields {sorted(expected)}, not {sorted(settings)}")
         return known[name](**settings)
+
+
+def _kinds(kind: type[Form]) -> Iterator[type[Form]]:
+    """All forms that can be built, derived from `kind` however far."""
+    for derived in kind.__subclasses__():
+        if not inspect.isabstract(derived):
+            yield derived
+        yield from _kinds(derived)
 
 
 class FormModule(nn.Module):
@@ -64,3 +74,11 @@ class FormModule(nn.Module):
 def is_layer(module: nn.Module) -> TypeGuard[Layer]:
     """Whether the module is a Linear or Conv layer, parametrized ones and subclasses included."""
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy on the meta device; the values are not copied on the way there."""
+    empty: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
+    for parameter in module.parameters():
+        empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    return copy.deepcopy(module, empty)

@@ -1,6 +1,9 @@
 """A network as a graph: which slices of which tensors go together, and the narrowing itself."""
 
 from featherweight.graph.coupling import Coupling, Group, Site, couple
+from featherweight.graph.edges import put_on_edges, value_names, weight_of
+from featherweight.graph.fold import fold, foldable
+from featherweight.graph.module import ModelGraph, graph_module
 from featherweight.graph.narrow import Narrowed, Narrowing, narrow
 from featherweight.graph.optimizer import narrow_optimizer
 from featherweight.graph.trace import GraphError, Trace, capture
@@ -9,12 +12,19 @@ __all__ = [
     "Coupling",
     "GraphError",
     "Group",
+    "ModelGraph",
     "Narrowed",
     "Narrowing",
     "Site",
     "Trace",
     "capture",
     "couple",
+    "fold",
+    "foldable",
+    "graph_module",
     "narrow",
     "narrow_optimizer",
+    "put_on_edges",
+    "value_names",
+    "weight_of",
 ]

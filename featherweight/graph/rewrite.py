@@ -8,60 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from featherweight.graph.coupling import Coupling
+from featherweight.graph.module import ModelGraph, copied, set_arguments, standing
 from featherweight.graph.rules import Axis, operation_of
 from featherweight.graph.rules.call import arguments, read_by
 from featherweight.graph.rules.reduction import statistic
-from featherweight.graph.trace import GraphError, attribute, module_of, quiet, size
+from featherweight.graph.trace import GraphError, module_of, size
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Rewrite: TypeAlias = Callable[["Site"], None]
 
 REWRITES: dict[str, Rewrite] = {}
 
-# The argument that says whether a layer trains; in evaluation mode all of them were captured as False.
-_TRAINING = {
-    "batch_norm": "training", "instance_norm": "use_input_stats", "dropout": "train", "feature_dropout": "train",
-    "alpha_dropout": "train", "feature_alpha_dropout": "train", "lstm": "train", "gru": "train", "rnn_tanh": "train",
-    "rnn_relu": "train", "rrelu": "training",
-}  # fmt: skip
 
-
-class NarrowedGraph(fx.GraphModule):
-    """A captured graph that trains: dropout and batch norm follow `train` and `eval`; names are the model's.
-
-    What the model's own code does only while it trains (auxiliary heads, dropped paths) is not in it: it was captured
-    in evaluation mode.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NarrowedGraph:
-        with quiet():  # torch warns of what it does itself
-            copied: NarrowedGraph = cast(NarrowedGraph, super().__deepcopy__(memo))
-        return copied
-
-    def train(self, mode: bool = True) -> NarrowedGraph:
-        """Let dropout and batch norm train, or not."""
-        super().train(mode)
-        changed = False
-        for node in self.graph.nodes:
-            if name := node.meta.get("trains"):
-                _set(node, **{name: mode})
-                changed = True
-        if changed:
-            self.recompile()
-        return self
-
-
-def narrowed(
-    coupling: Coupling, lost: Mask, tensors: Mapping[str, Tensor]
-) -> tuple[NarrowedGraph, dict[str, list[Any]]]:
+def narrowed(coupling: Coupling, lost: Mask, tensors: Mapping[str, Tensor]) -> tuple[ModelGraph, dict[str, list[Any]]]:
     """The graph without the lost labels.
 
     Args:
@@ -74,38 +41,13 @@ def narrowed(
         did not change included.
     """
     trace = coupling.analysis.trace
-    old = trace.graph.graph
-    graph = fx.Graph()
-    new_of: dict[fx.Node, fx.Node] = {}
-    graph._codegen = old._codegen  # how arguments and answers are packed; nothing changes it
-    output = graph.graph_copy(old, new_of, return_output_node=True)
-    assert isinstance(output, tuple)
-    graph.output(output[0])
+    graph, new_of = copied(trace)
     numbers: dict[str, list[Any]] = {}
-    for node in old.nodes:
-        if node.op != "call_function" or node not in new_of:
-            continue
-        operation = operation_of(node)
-        if operation == "_assert_tensor_metadata":
-            graph.erase_node(new_of[node])
-        elif operation in REWRITES:
+    for node in trace.graph.graph.nodes:
+        if node.op == "call_function" and node in new_of and operation_of(node) in REWRITES:
             site = Site(coupling, lost, node, new_of, numbers.setdefault(module_of(node), []))
-            REWRITES[operation](site)
-        if (name := _TRAINING.get(operation)) and arguments(node)[name] is False:
-            new_of[node].meta["trains"] = name
-    held: dict[str, Any] = {name: tensors[shared] for name, shared in trace.registered.items()}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in held:
-            name = trace.names.get(node.target)
-            held[node.target] = tensors[name] if name is not None else attribute(trace.graph, node.target)
-    graph.lint()
-    module = NarrowedGraph({node.target: held[node.target] for node in graph.nodes if node.op == "get_attr"}, graph)
-    for registry in (module._modules, module._parameters, module._buffers):
-        registry.clear()  # and once more, in the model's order and under all of its names
-    for name, value in held.items():
-        _register(module, name, value, persistent=name not in trace.transient)
-    nn.Module.train(module, False)
-    return module, numbers
+            REWRITES[operation_of(node)](site)
+    return standing(trace, graph, tensors), numbers
 
 
 class Site:
@@ -191,7 +133,7 @@ def _view(site: Site) -> None:
 def _expand(site: Site) -> None:
     lengths = site.lengths(site.arguments["size"])
     if site.narrowed(site.result()):
-        _set(site.new, size=lengths)
+        set_arguments(site.new, size=lengths)
 
 
 @rewrites("repeat")
@@ -202,14 +144,14 @@ def _repeat(site: Site) -> None:
         k = d - (len(made) - len(x))
         if (k < 0 or len(x[k]) == 1) and site.narrowed([axis]):
             times[d] = site.count(axis)
-    _set(site.new, repeats=times)
+    set_arguments(site.new, repeats=times)
 
 
 @rewrites("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 def _made(site: Site) -> None:
     lengths = site.lengths(site.arguments["size"])
     if site.narrowed(site.result()):
-        _set(site.new, size=lengths)
+        set_arguments(site.new, size=lengths)
 
 
 @rewrites("split", "split_with_sizes", "chunk", "tensor_split")
@@ -254,13 +196,13 @@ def _select(site: Site) -> None:
     stays = site.stays(x[d])
     if not stays.all():
         index = site.arguments["index"] % len(x[d])
-        _set(site.new, index=site.number(index, int(stays[:index].sum())))
+        set_arguments(site.new, index=site.number(index, int(stays[:index].sum())))
 
 
 @rewrites("layer_norm", "rms_norm")
 def _layer_norm(site: Site) -> None:
     count = len(site.arguments["normalized_shape"])
-    _set(site.new, normalized_shape=[site.count(axis) for axis in site.result()[-count:]])
+    set_arguments(site.new, normalized_shape=[site.count(axis) for axis in site.result()[-count:]])
 
 
 @rewrites(
@@ -277,7 +219,7 @@ def _groups(site: Site) -> None:
     """Of a depthwise convolution, a group goes with its channel."""
     groups, inputs = site.arguments["groups"], site.axes("input")[1]
     if groups > 1 and groups == len(inputs):
-        _set(site.new, groups=site.count(inputs))
+        set_arguments(site.new, groups=site.count(inputs))
 
 
 @rewrites("scaled_dot_product_attention")
@@ -285,7 +227,7 @@ def _attention(site: Site) -> None:
     """The default scale is that of the original's head width: another would change how attention weighs."""
     width = site.axes("query")[-1]
     if site.narrowed([width]) and site.arguments["scale"] is None:
-        _set(site.new, scale=1 / math.sqrt(len(width)))
+        set_arguments(site.new, scale=1 / math.sqrt(len(width)))
 
 
 @rewrites("mean")
@@ -333,29 +275,3 @@ def renumbered(coupling: Coupling, lost: Mask) -> dict[str, list[int]]:
         if made.setdefault(name, numbers) != numbers:
             raise GraphError(f"{name} indexes several tensors that no longer agree")
     return made
-
-
-def _register(module: nn.Module, name: str, value: Any, *, persistent: bool) -> None:
-    """Put a tensor or a region's graph under a dotted name."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(leaf, value)
-    elif isinstance(value, Tensor):
-        module.register_buffer(leaf, value, persistent=persistent)
-    else:
-        setattr(module, leaf, value)
-
-
-def _set(node: fx.Node, **changes: Any) -> None:
-    """Change arguments of an operation by name."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    for name, value in changes.items():
-        at = names.index(name)
-        if at < len(node.args):
-            node.update_arg(at, value)
-        else:
-            node.update_kwarg(name, value)

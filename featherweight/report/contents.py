@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from featherweight.ledger import Choice, Entry, Ledger, Point, Row, Snapshot, Timing
+from featherweight.ledger import Check, Choice, Entry, Ledger, Point, Row, Snapshot, Timing
 from featherweight.report import words
 from featherweight.report.words import METRICS, NOTHING, Metric, Score
 
@@ -185,19 +185,40 @@ def notes(ledger: Ledger) -> tuple[str, ...]:
 
 
 def check_table(ledger: Ledger) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
-    """Titles and rows of the exported files: two columns of words, then numbers."""
-    score = Score.of(ledger)
-    rows = (
-        (
-            Cell(words.plain(check.format)),
-            Cell(words.plain(check.file)),
-            Cell(words.size(check.bytes), check.bytes),
-            Cell(words.loss(check.difference), check.difference),
-            Cell("not asked" if check.score is None else score.say(check.score), check.score),
-        )
-        for check in ledger.checks
+    """Titles and rows of the exported files: two columns of words, then numbers; a column nobody fills is left out."""
+    score, shown = Score.of(ledger), ledger.checks
+    ratios = [min(check.signal_to_noise_db) if check.signal_to_noise_db else None for check in shown]
+    columns: dict[str, list[Cell]] = {
+        "format": [Cell(words.plain(check.format)) for check in shown],
+        "file": [Cell(words.plain(check.file)) for check in shown],
+        "size": [Cell(words.size(check.bytes), check.bytes) for check in shown],
+        "greatest relative difference": [Cell(words.loss(check.difference), check.difference) for check in shown],
+    }
+    if any(ratio is not None for ratio in ratios):
+        columns["signal to noise"] = [Cell(words.decibels(ratio), ratio) for ratio in ratios]
+    columns[score.name] = [
+        Cell("not asked" if check.score is None else score.say(check.score), check.score) for check in shown
+    ]
+    if any(check.operations for check in shown):
+        columns["on whole numbers"] = [
+            Cell(f"{check.integer_operations} of {check.operations}" if check.operations else NOTHING)
+            for check in shown
+        ]
+    times: tuple[tuple[str, Callable[[Check], float | None]], ...] = (
+        ("latency", lambda check: check.latency_ms),
+        ("in float32", lambda check: check.float32_ms),
+        ("in bfloat16", lambda check: check.bfloat16_ms),
     )
-    return ("format", "file", "size", "greatest relative difference", score.name), tuple(rows)
+    for title, time_of in times:
+        if any(time_of(check) is not None for check in shown):
+            taken = [time_of(check) for check in shown]
+            columns[title] = [Cell(NOTHING if t is None else words.latency(t), t) for t in taken]
+    return tuple(columns), tuple(zip(*columns.values(), strict=True))
+
+
+def check_notes(ledger: Ledger) -> tuple[str, ...]:
+    """What is to be known of the exported files, a sentence each."""
+    return tuple(words.plain(f"{check.file}: {note}") for check in ledger.checks for note in check.notes)
 
 
 def timings(ledger: Ledger) -> dict[str, dict[str, Timing]]:

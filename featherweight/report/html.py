@@ -49,7 +49,8 @@ def _sections(ledger: Ledger, title: str) -> Iterator[Markup]:
         yield _section("Latency", *_timings(ledger))
     if ledger.checks:
         about = tag("p", "Each exported file, held against the PyTorch model.", class_="quiet")
-        yield _section("Exported files", about, _table(*contents.check_table(ledger), words_first=2))
+        table = _table(*contents.check_table(ledger), words_first=2)
+        yield _section("Exported files", about, table, *_notes(contents.check_notes(ledger)))
     if facts := contents.provenance(ledger):
         yield _section("Where these numbers come from", _facts(facts))
 

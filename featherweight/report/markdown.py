@@ -25,7 +25,9 @@ def _sections(ledger: Ledger) -> Iterator[str]:
     if ledger.checks:
         yield "### Exported files, held against the model"
         titles, cells = contents.check_table(ledger)
-        yield _table(titles, "llrrr", [[_text(cell.text) for cell in row] for row in cells])
+        align = "ll" + "r" * (len(titles) - 2)
+        yield _table(titles, align, [[_text(cell.text) for cell in row] for row in cells])
+        yield from map(_text, contents.check_notes(ledger))
     yield from map(_text, contents.notes(ledger))
     if facts := contents.provenance(ledger):
         yield "\n".join(f"- {label}: {_text(value)}" for label, value in facts)

@@ -41,6 +41,7 @@ def _sections(ledger: Ledger) -> Iterator[RenderableType]:
         yield Text()
         yield Text("Exported files, held against the model", style="bold")
         yield _cells(*contents.check_table(ledger), words_first=2)
+        yield from (Text(note) for note in contents.check_notes(ledger))
     if facts := contents.provenance(ledger):
         yield Text()
         yield from (Text(note) for note in contents.notes(ledger))

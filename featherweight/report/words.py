@@ -33,6 +33,13 @@ def latency(milliseconds: float) -> str:
     return _scaled(milliseconds / 1000, "s")
 
 
+def decibels(ratio: float | None) -> str:
+    """A signal-to-noise ratio: ``41.2 dB``; ``exact`` from 200 dB on."""
+    if ratio is None:
+        return NOTHING
+    return "exact" if ratio >= 200 else signed(f"{ratio:.1f} dB")
+
+
 def duration(seconds: float) -> str:
     """Time spent, from seconds: ``0.42 s``, ``3 min 20 s``."""
     if round(seconds) < 120:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import featherweight as fw
-from featherweight import distill, factorize, prune, tune
+from featherweight import distill, factorize, prune, quantize, tune
 from featherweight.distill.distillation import ATTACHED
 from featherweight.errors import RecipeError, TaskError
 
@@ -75,6 +75,23 @@ def test_what_constrains_a_tensor_still_does(trained):
     after = fw.compress(model, *steps, task=job).model
     assert torch.equal(after.down.weight != 0, kept != 0)
     assert not torch.equal(after.down.weight, model.down.weight)
+
+
+def test_steps_before_and_behind_confine_what_is_trained_between(trained):
+    """Masks of pruned weights hold through distillation, and quantization takes up what it made of the rest."""
+    job = task()
+    steps = [prune.Magnitude(sparsity=0.5), distill.Response(epochs=2), quantize.Weights(bits=4), distill.Response()]
+    assert fw.Recipe(*steps).problems(trained, job) == []
+    pruned = fw.compress(trained, steps[0], task=job).model
+    after = fw.compress(trained, *steps, task=job)
+    for name in ("stem", "down", "head"):
+        gone = pruned.get_submodule(name).weight == 0
+        weight = after.model.get_submodule(name).weight
+        assert gone.any()
+        assert not weight[gone].any(), name
+        # Four bits a channel: no more than 16 values.
+        assert max(len(row.unique()) for row in weight.detach().flatten(1)) <= 16
+    assert [entry.step for entry in after.ledger.steps][1::2] == ["distill.Response"] * 2
 
 
 def test_several_kinds_in_one_training(trained):

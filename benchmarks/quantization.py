@@ -1,0 +1,223 @@
+"""Whole numbers in ONNX Runtime and OpenVINO: how fast, how small, how true, beside NNCF and ONNX Runtime's quantizer.
+
+Networks laid out as ResNet-18 and MobileNetV2, random weights, 224×224, batch 1, one thread; then the demo network on
+Fashion-MNIST: static quantization at 8 bits, quantization-aware training at 4 and 2. Times are CPU milliseconds of one
+thread, medians, every file in turn. The peers go into an environment of their own, for this script only:
+
+    python -m venv peer
+    peer/bin/pip install torch==2.13.0 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.31.1 openvino==2026.4.1 nncf==3.4.0
+    python benchmarks/quantization.py --peer-python peer/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import vision
+from results import publish
+from torch import Tensor, nn
+
+import featherweight as fw
+from featherweight import quantize
+from featherweight.batch import as_inputs
+from featherweight.cost.latency import measure
+from featherweight.export.fused import in_onnxruntime, in_openvino
+from featherweight.export.onnx import OnnxModel
+from featherweight.export.openvino import OpenVINOModel
+from featherweight.export.verify import decibels, energies, export
+from featherweight.machine import processor
+
+HERE = Path(__file__).resolve().parent
+
+
+def answers(model: nn.Module, images: Tensor, size: int = 1) -> Tensor:
+    """What a model answers, so many images at a time."""
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in images.split(size)])
+
+
+def ratio(a: Tensor, b: Tensor) -> float:
+    """How true a is to b: signal to noise, dB."""
+    return decibels(*energies(a, b)[0])
+
+
+def random_network(name: str, python: str | None, samples: int, repeats: int) -> list[str]:
+    """A row for every file of one network."""
+    network, calibration = vision.make(name), vision.images(samples, seed=2)
+    fresh, example = vision.images(64, seed=3), vision.images(1, seed=4)
+    task = fw.Task(example, calibration=calibration.split(8), evaluate=lambda model: 0.0)
+    right = answers(network, fresh, 8)
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        export(network, as_inputs(example), "onnx", folder / "float.onnx", dynamic_batch=False)
+        export(network, as_inputs(example), "openvino", folder / "float.xml", dynamic_batch=False)
+        size = (folder / "float.onnx").stat().st_size
+        made: dict[str, tuple[Path, float, Tensor | None]] = {
+            "float32, ONNX Runtime": (folder / "float.onnx", 0.0, None),
+            "float32, OpenVINO": (folder / "float.xml", 0.0, None),
+        }
+        for target, format, ending in (("onnxruntime-x86", "onnx", "onnx"), ("openvino", "openvino", "xml")):
+            begun = time.process_time()
+            small = fw.compress(network, quantize.Static(target=target, samples=samples), task=task)
+            taken = time.process_time() - begun
+            path = folder / f"ours.{ending}"
+            small.export(format, path, dynamic_batch=False)
+            simulated = answers(small.model, fresh, 8)
+            made[f"Featherweight, {'ONNX Runtime' if ending == 'onnx' else 'OpenVINO'}"] = (path, taken, simulated)
+            if target == "onnxruntime-x86":
+                small.export("openvino", folder / "same.xml", dynamic_batch=False)
+                made["Featherweight, the ONNX Runtime model in OpenVINO"] = (folder / "same.xml", taken, simulated)
+        if python is not None:
+            made |= peers(folder, calibration, python)
+        models = {label: _opened(path) for label, (path, _, _) in made.items()}
+        inputs = as_inputs(example)
+        runs: dict[str, Callable[[], Any]] = {label: partial(inputs.into, model) for label, model in models.items()}
+        if processor().bf16:
+            bf16 = OpenVINOModel(folder / "float.xml", precision="bf16")
+            runs["bfloat16, OpenVINO"] = partial(inputs.into, bf16)
+        taken_ms = {n: t.median_ms for n, t in measure(runs, repeats, 3, clock=time.process_time).items()}
+        for label, (path, seconds, simulated) in made.items():
+            model = models[label]
+            base = taken_ms["float32, ONNX Runtime" if path.suffix == ".onnx" else "float32, OpenVINO"]
+            given = answers(model, fresh)
+            stored = path.stat().st_size if path.suffix == ".onnx" else path.with_suffix(".bin").stat().st_size
+            kernels = in_onnxruntime(path) if isinstance(model, OnnxModel) else in_openvino(model)
+            same = "–"
+            if simulated is not None:
+                agree = 100 * float((given.argmax(1) == simulated.argmax(1)).double().mean())
+                same = f"{ratio(given, simulated):.1f} dB, {agree:.1f} %"
+            quantized = not label.startswith("float32")
+            cells = [
+                label,
+                f"{taken_ms[label]:.1f}",
+                f"{base / taken_ms[label]:.2f}×" if quantized else "1",
+                f"{kernels.integer} of {kernels.total}" if quantized else "–",
+                f"{size / stored:.2f}×" if quantized else f"{stored / 1e6:.1f} MB",
+                f"{ratio(given, right):.1f}" if quantized else "–",
+                same,
+                f"{seconds:.0f}" if seconds else "–",
+            ]
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+        if "bfloat16, OpenVINO" in taken_ms:
+            rows.append(f"| {name} | bfloat16, OpenVINO | {taken_ms['bfloat16, OpenVINO']:.1f} | | | | | | |")
+    return rows
+
+
+def peers(folder: Path, images: Tensor, python: str) -> dict[str, tuple[Path, float, None]]:
+    """NNCF's and ONNX Runtime's own files of the same network, and what they took."""
+    import json
+
+    np.save(folder / "images.npy", images.numpy())
+    reduce = "all" if processor().whole_products else "reduce"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [python, str(HERE / "quantization_peer.py"), str(folder), reduce]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    seconds = json.loads((folder / "peer.json").read_text())
+    return {
+        "onnxruntime.quantization, ONNX Runtime": (folder / "peer.onnx", seconds["onnxruntime"], None),
+        "NNCF, OpenVINO": (folder / "peer.xml", seconds["nncf"], None),
+    }
+
+
+def _opened(path: Path) -> nn.Module:
+    return OnnxModel(path, threads=1) if path.suffix == ".onnx" else OpenVINOModel(path, threads=1)
+
+
+def fashion_network(epochs: float) -> list[str]:
+    """A row for every way of quantizing the demo network: accuracy simulated, and of the file in its runtime."""
+    import fashion
+
+    network, before = fashion.load_network(), 0.0
+    rows = []
+    calibration = fashion.calibration(0, 200)
+    test, labels = fashion._split("test")
+    train_images, train_labels = fashion._split("train")
+    before = fashion.accuracy(network)
+
+    def train(model: nn.Module, epochs: float, loss: Any = "cross_entropy") -> None:
+        chosen = torch.utils.data.TensorDataset(train_images, train_labels)
+        generator = torch.Generator().manual_seed(0)
+        loader = torch.utils.data.DataLoader(chosen, 128, shuffle=True, generator=generator)
+        fw.fit(model, loader, epochs, loss or "cross_entropy", lr=0.01)
+
+    task = fw.Task(
+        calibration[0][:1],
+        calibration=calibration,
+        evaluate=lambda model: fashion.accuracy(model) / 100,
+        train=train,
+        loss="cross_entropy",
+    )
+    steps: Sequence[tuple[str, Any]] = [
+        ("W8A8 static, min-max", quantize.Static(ranges="min-max", weight_ranges="min-max")),
+        ("W8A8 static", quantize.Static()),
+        ("W4A4 static", quantize.Static(bits=4, activation_bits=4)),
+        ("W4A4 trained", quantize.QAT(bits=4, activation_bits=4, epochs=epochs)),
+        ("W4A4 trained, distilled", quantize.QAT(bits=4, activation_bits=4, epochs=epochs, distill=True)),
+        ("W2A2 trained", quantize.QAT(bits=2, activation_bits=2, epochs=epochs)),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for label, step in steps:
+            begun = time.process_time()
+            small = fw.compress(network, step, task=task)
+            taken = time.process_time() - begun
+            path = Path(folder) / "small.onnx"
+            check = small.export("onnx", path)
+            simulated, given = answers(small.model.eval(), test, 500), answers(OnnxModel(path), test, 500)
+            scores = [100 * float((a.argmax(1) == labels).double().mean()) for a in (simulated, given)]
+            agree = 100 * float((simulated.argmax(1) == given.argmax(1)).double().mean())
+            rows.append(
+                f"| {label} | {scores[0]:.2f} | {before - scores[0]:+.2f} | {scores[1]:.2f} | {agree:.2f} % "
+                f"| {ratio(given, simulated):.1f} | {check.bytes / 1e3:.0f} kB | {taken:.0f} |"
+            )
+            print(rows[-1], flush=True)
+    return [f"Before: {before:.2f} %.", "", *rows]
+
+
+def main(python: str | None, samples: int, repeats: int, epochs: float, parts: Sequence[str], write: bool) -> None:
+    """Print the tables."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    lines = [f"Processor: {processor()}. {samples} calibration samples, {repeats} timed calls.", ""]
+    if "random" in parts:
+        lines += [
+            "| network | file | ms | against float32 | on whole numbers | size | to float32, dB | to itself | CPU s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name in vision.NETWORKS:
+            lines += random_network(name, python, samples, repeats)
+            print("\n".join(lines), flush=True)
+    if "fashion" in parts:
+        rows = fashion_network(epochs)
+        lines += [
+            "",
+            f"Demo network on Fashion-MNIST, 10,000 test images; {epochs:g} epochs where trained. {rows[0]}",
+            "",
+            "| how | accuracy % | drop | in ONNX Runtime | same class | dB | file | CPU s |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows[2:],
+        ]
+    publish("quantization", __doc__ or "", lines, write)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", help="an environment with nncf and onnxruntime")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--parts", nargs="+", default=["random", "fashion"])
+    parser.add_argument("--write", action="store_true", help="also keep the tables in benchmarks/results")
+    options = parser.parse_args()
+    main(options.peer_python, options.samples, options.repeats, options.epochs, options.parts, options.write)

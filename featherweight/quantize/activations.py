@@ -1,0 +1,289 @@
+"""What steps that quantize activations share: their settings, the graph, the ranges, and the weights beside them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.batch import mode, sketch, tensors_in
+from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
+from featherweight.errors import EditError
+from featherweight.forms import Grid, Rounding, constraints_on
+from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max
+from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names
+from featherweight.layers import PerLayer, for_layer, layer_names, matches, unmatched
+from featherweight.ledger import Choice, Point
+from featherweight.machine import processor
+from featherweight.progress import track
+from featherweight.quantize.observers import Observer, range_of
+from featherweight.quantize.placement import Edge, Placement, place
+from featherweight.quantize.targets import TARGETS, Target
+from featherweight.step import Stage, Step
+from featherweight.study import Study
+from featherweight.task import Task
+
+
+@dataclass(frozen=True)
+class Activations(Step):
+    """A technique that rounds activations and weights alike.
+
+    Attributes:
+        bits: of the weights, 2 to 8 or 16: for all layers, or by pattern of their names.
+        target: the runtime that it is made for, one of `TARGETS`: it decides where numbers are rounded, and how.
+        headroom: whether weights leave one of their 8 bits unused, so that the sum of two products fits into 16 bits;
+            None for where the target is one that would overflow and this machine's processor lacks the instructions
+            that would not. A file made with it serves everywhere.
+        ignore: patterns of layers and operations to leave alone.
+    """
+
+    bits: PerLayer[int] = 8
+    target: Literal["onnxruntime-x86", "openvino", "generic-int8"] = "onnxruntime-x86"
+    headroom: bool | None = None
+    ignore: tuple[str, ...] = ()
+
+    stage: ClassVar[Stage] = Stage.VALUES
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore, list):
+            object.__setattr__(self, "ignore", tuple(self.ignore))
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        if found:
+            return found
+        for setting in self._widths():
+            given = getattr(self, setting)
+            for bits in given.values() if isinstance(given, Mapping) else [given]:
+                if bits not in WIDTHS:
+                    found.append(f"{setting} is {bits}: it can be 2 to 8, or 16")
+        if not sketch(task.inputs()):
+            found.append("the example's inputs are nested in other containers: give tensors and plain values")
+        return found
+
+    def _widths(self) -> tuple[str, ...]:
+        return ("bits",)
+
+    # Parts that steps are made of -----------------------------------------------------------------------------------
+
+    def runtime(self) -> Target:
+        """The target's data."""
+        return TARGETS[self.target]
+
+    def idle(self, study: Study) -> dict[str, str] | None:
+        """Where nothing can be rounded, so that the model need not become a graph: all that stays, with the reason."""
+        names = layer_names(study.model, inside=True)
+        if isinstance(study.model, ModelGraph) or any(not matches(name, self.ignore) for name in names):
+            return None
+        graph = as_graph(copy.deepcopy(study.model), study.task.inputs().on(study.model))
+        placement = place(graph, self.runtime(), self.refused)
+        return None if placement.integer else {**dict.fromkeys(names, "ignored, as asked"), **placement.left}
+
+    def capture(self, study: Study) -> Iterator[Edit]:
+        """Make the model a graph, where it is none yet."""
+        if not isinstance(study.model, ModelGraph):
+            yield Capture(sketch(study.task.inputs().on(study.model)))
+
+    def refused(self, name: str) -> str | None:
+        """Why an operation is left alone; None where it is not."""
+        return "ignored, as asked" if matches(name, self.ignore) else None
+
+    def unmatched(self, graph: ModelGraph) -> list[str]:
+        """A sentence for every pattern that matches nothing in the graph."""
+        names = list(value_names(graph).values())
+        given = [getattr(self, setting) for setting in self._widths()]
+        patterns = [*self.ignore, *(p for setting in given if isinstance(setting, Mapping) for p in setting)]
+        return unmatched(patterns, names)
+
+    def reasons(self, study: Study, placement: Placement) -> dict[str, str]:
+        """All layers that stay as they are, with the reason; those that the example never calls among them."""
+        graph = study.model
+        assert isinstance(graph, ModelGraph)
+        left = dict(placement.left)
+        known = set(value_names(graph).values())
+        for name in layer_names(study.original, inside=True):
+            if name not in known and name not in left:
+                left[name] = "ignored, as asked" if matches(name, self.ignore) else "the example never calls it"
+        return left
+
+    def rounding(self, edge: Edge, bits: int) -> Rounding:
+        """How an edge is rounded for the target."""
+        target = self.runtime()
+        symmetric = edge.symmetric
+        return Rounding(bits, signed=symmetric or target.signed, symmetric=symmetric)
+
+    def weights(self, study: Study, placement: Placement, by: str, scales: Mapping[str, Tensor]) -> Iterator[Edit]:
+        """Put the layers' weights on grids, those left out that an earlier step has confined to whole numbers.
+
+        Args:
+            study: of the graph.
+            placement: which weights.
+            by: ``"mse"`` or ``"min-max"``.
+            scales: of what reaches a layer, by the weight's name, where it is rounded.
+        """
+        graph = study.model
+        assert isinstance(graph, ModelGraph)
+        target, choices = self.runtime(), dict[str, Choice]()
+        for name, axis in placement.weights.items():
+            path, _, leaf = name.rpartition(".")
+            layer = name.removesuffix(".weight")
+            holder = graph.get_submodule(path)
+            held = [c for c in constraints_on(holder, leaf) if c.codes(getattr(holder, leaf).detach()) is not None]
+            if held:
+                study.notes.append(f"{layer} keeps the weights that an earlier step has put on a grid")
+                continue
+            bits = for_layer(self.bits, layer, default=8)
+            weight = getattr(holder, leaf).detach()
+            grid = Grid(bits, axis=axis if target.per_channel else None, tensor=leaf)
+            bias = getattr(holder, "bias", None)
+            made = grid.build(holder)
+            scale, _ = scale_of(weight, grid, by, seven=bits == 8 and self.has_headroom())
+            if name in scales and isinstance(bias, Tensor) and bias.shape == scale.shape:
+                # The bias becomes a whole number of 32 bits, in steps of the two scales' product.
+                least = bias.detach().abs().float() / (2.0**30 * scales[name].to(scale))
+                scale = torch.maximum(scale, least)
+            (_gridded(made, leaf)).scale.data.copy_(scale)
+            yield Constrain(path, grid, made.state_dict())
+            choices[layer] = Choice(Point(f"{bits} bits", bits / (8 * weight.element_size())))
+        study.findings["choices"] = choices
+        study.findings["metric"] = "bytes"
+
+    def has_headroom(self) -> bool:
+        """Whether 8-bit weights use 7 of their bits."""
+        if self.headroom is not None:
+            return self.headroom
+        return self.runtime().saturates and not processor().whole_products
+
+
+class Watching(nn.Module):
+    """Shows what goes along an edge to an observer.
+
+    Args:
+        histogram: whether the observer counts values.
+    """
+
+    def __init__(self, histogram: bool) -> None:
+        super().__init__()
+        self.seen, self.histogram = Observer(), histogram
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape → the same."""
+        self.seen.see(x, self.histogram)
+        return x
+
+
+def observe(study: Study, placement: Placement, samples: int, histogram: bool) -> dict[str, Observer]:
+    """What goes along the placement's edges on the calibration data, by the values' names."""
+    graph = copy.deepcopy(study.model)
+    assert isinstance(graph, ModelGraph)
+    watching = {name: Watching(histogram) for name in placement.edges}
+    put_on_edges(graph, {name: _readers(edge) for name, edge in placement.edges.items()}, watching.__getitem__)
+    total = 0
+    with torch.no_grad(), mode(graph, training=False):
+        for inputs in track(study.task.batches(graph, samples), "watching activations"):
+            inputs.into(graph)
+            total += inputs.batch_size
+    if not study.task.has_calibration:
+        study.notes.append("the ranges are those of the example: give calibration data")
+    elif total < 32:
+        study.notes.append(f"the ranges are those of {total} sample{'s' if total > 1 else ''}: give about 200")
+    return {name: module.seen for name, module in watching.items()}
+
+
+def seen_edges(placement: Placement, observers: Mapping[str, Observer]) -> tuple[dict[str, Edge], dict[str, str]]:
+    """The edges that can be given a range, and those that cannot, with the reason."""
+    left = {}
+    for name, seen in observers.items():
+        if seen.infinite:
+            left[name] = f"{seen.infinite} of its values were infinite or NaN on the calibration data"
+        elif not seen.batches:
+            left[name] = "no calibration sample reached it"
+    return {name: edge for name, edge in placement.edges.items() if name not in left}, left
+
+
+def quantized(
+    step: Activations,
+    edges: Mapping[str, Edge],
+    observers: Mapping[str, Observer],
+    bits: PerLayer[int],
+    by: str,
+) -> Quantize:
+    """The edit that rounds edges, their ranges chosen."""
+    made, values = {}, {}
+    for name, edge in edges.items():
+        rounding = step.rounding(edge, for_layer(bits, name, default=8))
+        seen = observers[name]
+        if edge.ceiling < math.inf:
+            seen = replace(seen, highest=min(seen.highest, edge.ceiling))
+        values[name] = range_of(seen, rounding.grid, by)
+        readers = _readers(edge)
+        made[name] = (rounding, None if readers is None else tuple(sorted(readers)))
+    return Quantize(made, values)
+
+
+def scales_read(graph: ModelGraph, placement: Placement) -> dict[str, Tensor]:
+    """The scale of what reaches each layer rounded, by the name of the layer's weight."""
+    from featherweight.forms import Rounded
+    from featherweight.graph import weight_of
+
+    found: dict[str, Tensor] = {}
+    for node in graph.graph.nodes:
+        weight = weight_of(node) if node.op == "call_function" else None
+        if weight not in placement.weights:
+            continue
+        source = node.args[0]
+        while source.op == "call_function" and source.args:
+            source = source.args[0]
+        if source.op == "call_module":
+            module = graph.get_submodule(str(source.target))
+            if isinstance(module, Rounded) and not module.form.dynamic:
+                found[str(weight)] = module.scale.detach()
+    return found
+
+
+def scale_of(weight: Tensor, grid: Grid, by: str, seven: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zero points for a weight; with `seven`, such that 7 of its 8 bits hold every value."""
+    used = replace(grid, bits=7) if seven else grid
+    rows = used.rows(weight)
+    return least_error(rows, used) if by == "mse" and grid.bits <= 8 else min_max(rows, used)
+
+
+def check_folded(study: Study, before: nn.Module) -> None:
+    """See that folding has changed no answer.
+
+    Raises:
+        EditError: it has.
+    """
+    inputs = study.task.inputs().on(before)
+    with torch.no_grad(), mode(before, training=False), mode(study.model, training=False):
+        then, now = tensors_in(inputs.into(before)), tensors_in(inputs.into(study.model))
+    for a, b in zip(now, then, strict=True):
+        allowed = 64 * torch.finfo(b.dtype).eps if b.is_floating_point() else 0.0
+        if b.numel() and float((a - b).abs().max()) > max(allowed, 1e-4) * max(1e-6, float(b.abs().max())):
+            raise EditError("folding the batch norms has changed the answers: give fold=False, and report it")
+
+
+def leave(left: Mapping[str, str]) -> Iterator[Edit]:
+    """The edits that leave things as they are."""
+    yield from (Leave(name, reason) for name, reason in left.items())
+
+
+def norms_of(graph: ModelGraph) -> tuple[list[str], dict[str, str]]:
+    """Batch norms that can be folded, and those that cannot, with the reason."""
+    able, left = foldable(graph)
+    return able, {name: f"a batch norm that stays: {reason}" for name, reason in left.items()}
+
+
+def _readers(edge: Edge) -> Any:
+    return None if edge.readers is None else sorted(edge.readers)
+
+
+def _gridded(layer: nn.Module, tensor: str) -> Gridded:
+    found = constraints_on(layer, tensor)[-1]
+    assert isinstance(found, Gridded)
+    return found

@@ -1,0 +1,211 @@
+"""What goes along an edge, watched batch by batch, and the range that a grid is given over it.
+
+A histogram is kept, whose bins double in width when something falls outside, so that one pass is enough for every way
+of choosing a range: Nagel et al., A white paper on neural network quantization, 2021, arxiv.org/abs/2106.08295,
+section 3.1, compares them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from featherweight.forms.grid import Grid, between, whole
+
+HALF = 2048  # bins on either side of zero
+
+
+@dataclass
+class Observer:
+    """A tensor's values, batch by batch.
+
+    Attributes:
+        lowest, highest: of all finite values, and 0 is between them.
+        average: running averages of the batches' least and greatest value.
+        batches: seen so far, empty ones left out.
+        infinite: how many values were infinite or NaN.
+        width: of a bin.
+        counts: values by bin: (2 · HALF,), zero at the border of the two in the middle.
+    """
+
+    lowest: float = 0.0
+    highest: float = 0.0
+    average: tuple[float, float] = (0.0, 0.0)
+    batches: int = 0
+    infinite: int = 0
+    width: float = 0.0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(2 * HALF, dtype=torch.float64))
+
+    def see(self, x: Tensor, histogram: bool = True) -> None:
+        """Take in a batch.
+
+        Args:
+            x: any shape.
+            histogram: whether to count values, and not only to keep the least and the greatest.
+        """
+        x = x.detach().float().flatten()
+        if not x.numel():
+            return
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not math.isfinite(low - high):
+            finite = x.isfinite()
+            self.infinite += int((~finite).sum())
+            x = x[finite]
+            if not x.numel():
+                return
+            low, high = (float(v) for v in torch.aminmax(x))
+        low, high = min(low, 0.0), max(high, 0.0)
+        self.batches += 1
+        # A plain mean to begin with, and one that forgets once there are ten batches.
+        rate = max(1 / self.batches, 0.1)
+        self.average = (
+            self.average[0] + rate * (low - self.average[0]),
+            self.average[1] + rate * (high - self.average[1]),
+        )
+        self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
+        if histogram and high > low:
+            self._count(x.cpu(), max(-low, high))
+
+    def _count(self, x: Tensor, reach: float) -> None:
+        if not self.width:
+            self.width = 2.0 ** math.ceil(math.log2(reach / HALF))
+        while reach > HALF * self.width:
+            merged = self.counts.view(2, HALF // 2, 2).sum(-1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[HALF // 2 : HALF] = merged[0]
+            self.counts[HALF : HALF + HALF // 2] = merged[1]
+            self.width *= 2
+        end = HALF * self.width
+        self.counts += torch.histc(x, 2 * HALF, -end, end).double()
+
+    @property
+    def centres(self) -> Tensor:
+        """The middles of the bins: (2 · HALF,)."""
+        return (torch.arange(-HALF, HALF, dtype=torch.float64) + 0.5) * self.width
+
+
+def min_max(seen: Observer, grid: Grid) -> tuple[float, float]:
+    """All that was seen: nothing is cut off."""
+    return seen.lowest, seen.highest
+
+
+def moving_average(seen: Observer, grid: Grid) -> tuple[float, float]:
+    """The batches' least and greatest values, on average, so that one odd sample does not set the range."""
+    return seen.average
+
+
+def percentile(seen: Observer, grid: Grid, share: float = 0.9999) -> tuple[float, float]:
+    """All but the same number of values at either end: in all `share` of them are kept."""
+    total = float(seen.counts.sum())
+    if not total:
+        return seen.lowest, seen.highest
+    below = seen.counts.cumsum(0)
+    cut = total * (1 - share) / 2
+    first = int((below > cut).nonzero()[0])
+    last = int((below >= total - cut).nonzero()[0])
+    low, high = (first - HALF) * seen.width, (last + 1 - HALF) * seen.width
+    return max(min(low, 0.0), seen.lowest), min(max(high, 0.0), seen.highest)
+
+
+def least_squares(seen: Observer, grid: Grid, steps: int = 50) -> tuple[float, float]:
+    """The range at which rounding and cutting off move the values least, ``E(x − rounded x)²``.
+
+    The whole range is shrunk step by step, then either end alone.
+    """
+    return _searched(seen, grid, steps, _squared_error)
+
+
+def least_divergence(seen: Observer, grid: Grid, steps: int = 50) -> tuple[float, float]:
+    """The range at which the distribution of values loses least: the least divergence of Kullback and Leibler.
+
+    Migacz, 8-bit inference with TensorRT, 2017: what is cut off piles up at the ends of the one distribution, and of
+    the other every level's share is spread over the bins it stands for, empty ones left out.
+    """
+    return _searched(seen, grid, steps, _divergence)
+
+
+RANGES: Mapping[str, Callable[[Observer, Grid], tuple[float, float]]] = {
+    "min-max": min_max,
+    "average": moving_average,
+    "percentile": percentile,
+    "mse": least_squares,
+    "entropy": least_divergence,
+}
+
+
+def range_of(seen: Observer, grid: Grid, by: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for what was seen: float32 of shape (), a whole number of shape ().
+
+    Args:
+        seen: what went along the edge.
+        grid: of one scale; of 16 bits its range is all that was seen, which bins are too coarse to better.
+        by: one of `RANGES`.
+    """
+    choose = min_max if grid.bits > 8 and by in ("mse", "entropy") else RANGES[by]
+    low, high = choose(seen, grid)
+    return between(torch.tensor(low), torch.tensor(high), grid)
+
+
+def _searched(
+    seen: Observer, grid: Grid, steps: int, loss: Callable[[Tensor, Tensor, Grid, float, float], float]
+) -> tuple[float, float]:
+    used = seen.counts > 0
+    if not bool(used.any()):
+        return seen.lowest, seen.highest
+    centres, counts = seen.centres[used], seen.counts[used]
+
+    def at(low: float, high: float) -> float:
+        return loss(centres, counts, grid, low, high)
+
+    low, high = seen.lowest, seen.highest
+    if grid.symmetric and grid.signed:
+        reach = max(-low, high)
+        low, high = -reach, reach
+    best, found = at(low, high), (low, high)
+    for step in range(1, steps):
+        share = 1 - step / steps
+        if (error := at(low * share, high * share)) < best:
+            best, found = error, (low * share, high * share)
+    if grid.symmetric or not low or not high:
+        return found
+    for end in (0, 1):
+        whole_end = (low, high)[end]
+        for step in range(steps):
+            tried = (
+                (whole_end * (1 - step / steps), found[1]) if end == 0 else (found[0], whole_end * (1 - step / steps))
+            )
+            if (error := at(*tried)) < best:
+                best, found = error, tried
+    return found
+
+
+def _levels(centres: Tensor, grid: Grid, low: float, high: float) -> tuple[Tensor, float, float]:
+    scale, zero_point = between(torch.tensor(low), torch.tensor(high), grid)
+    return whole(centres, scale, zero_point.double(), grid.low, grid.high), float(scale), float(zero_point)
+
+
+def _squared_error(centres: Tensor, counts: Tensor, grid: Grid, low: float, high: float) -> float:
+    q, scale, zero_point = _levels(centres, grid, low, high)
+    return float(((q - zero_point) * scale - centres).square() @ counts)
+
+
+def _divergence(centres: Tensor, counts: Tensor, grid: Grid, low: float, high: float) -> float:
+    q, scale, zero_point = _levels(centres, grid, low, high)
+    inside = (centres >= (grid.low - 0.5 - zero_point) * scale) & (centres <= (grid.high + 0.5 - zero_point) * scale)
+    if not bool(inside.any()):
+        return math.inf
+    level = (q[inside] - grid.low).long()
+    kept = counts[inside]
+    right = kept.clone()
+    right[0] += counts[centres < centres[inside][0]].sum()
+    right[-1] += counts[centres > centres[inside][-1]].sum()
+    levels = grid.high - grid.low + 1
+    sums = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, kept)
+    bins = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, torch.ones_like(kept))
+    given = (sums / bins.clamp(min=1))[level]
+    right, given = right / right.sum(), given / given.sum()
+    return float((right * (right / given).log()).sum())

@@ -1,0 +1,179 @@
+"""Quantization-aware training: the network is trained with its numbers rounded, and the steps of its grids with it.
+
+The gradient passes straight through the rounding (Bengio et al., 2013, arxiv.org/abs/1308.3432). What is learned of
+the grids: Esser et al., Learned step size quantization, 2020, arxiv.org/abs/1902.08153; Bhalgat et al., LSQ+, 2020,
+arxiv.org/abs/2004.09576; Choi et al., PACT, 2018, arxiv.org/abs/1805.06085. Batch norms stay while it is trained, as in
+these, behind the rounded weights; afterwards each is folded into its layer exactly, because a factor for every output
+only makes another scale of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from featherweight.batch import mode, tensors_in
+from featherweight.edits import Edit, Fold
+from featherweight.errors import TaskError
+from featherweight.forms import Rounded
+from featherweight.forms.grid import Gridded
+from featherweight.graph import ModelGraph
+from featherweight.layers import PerLayer
+from featherweight.mend import finetune
+from featherweight.quantize.activations import (
+    Activations,
+    leave,
+    norms_of,
+    observe,
+    quantized,
+    scales_read,
+    seen_edges,
+)
+from featherweight.quantize.placement import place
+from featherweight.score import class_dimension, logits_of
+from featherweight.study import Study
+from featherweight.task import Task
+
+
+@dataclass(frozen=True)
+class QAT(Activations):
+    """Round weights and activations, and train the network with them rounded, by ``task.train``.
+
+    Attributes:
+        activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names.
+        epochs: of training.
+        learn: of the grids: ``"lsq"`` (every step), ``"lsq+"`` (steps, and the activations' zero points), ``"pact"``
+            (where activations are cut off; weights' steps as in LSQ) or ``"nothing"`` (ranges stay as they were found).
+        distill: train towards the answers of the network as it was before the step, and not by ``task.loss``: the
+            divergence of classifiers' distributions, the squared error of other answers.
+        temperature: of the distributions.
+        ranges, weight_ranges: where the grids begin, as in `Static`.
+        samples: how many calibration samples to look at for that.
+    """
+
+    activation_bits: PerLayer[int] = 8
+    epochs: float = 1
+    learn: Literal["lsq", "lsq+", "pact", "nothing"] = "lsq"
+    distill: bool = False
+    temperature: float = 1.0
+    ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
+    weight_ranges: Literal["mse", "min-max"] = "mse"
+    samples: int = 200
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        if found:
+            return found
+        if self.samples < 1 or self.epochs <= 0 or self.temperature <= 0:
+            found.append("samples must be at least 1, and epochs and temperature more than 0")
+        if task.train is None:
+            found.append(
+                "it needs Task(train=...), which the task does not have: without training, use quantize.Static"
+            )
+        return found
+
+    def _widths(self) -> tuple[str, ...]:
+        return ("bits", "activation_bits")
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """Place and round as static quantization does, train, fold."""
+        if (idle := self.idle(study)) is not None:
+            yield from leave(idle)
+            return
+        yield from self.capture(study)
+        graph = study.model
+        assert isinstance(graph, ModelGraph)
+        study.notes += self.unmatched(graph)
+        norms, norms_left = norms_of(graph)
+        placement = place(graph, self.runtime(), self.refused, norms)
+        observers = observe(study, placement, self.samples, self.ranges not in ("min-max", "average"))
+        edges, unseen = seen_edges(placement, observers)
+        yield from leave({**self.reasons(study, placement), **norms_left, **unseen})
+        yield quantized(self, edges, observers, self.activation_bits, self.ranges)
+        yield from self.weights(study, placement, self.weight_ranges, scales_read(graph, placement))
+        self._train(study, graph)
+        if norms:
+            yield Fold(tuple(norms))
+
+    def _train(self, study: Study, graph: ModelGraph) -> None:
+        roundings = [m for m in graph.modules() if isinstance(m, Rounded) and not m.form.dynamic]
+        grids: list[Gridded] = [m for m in graph.modules() if isinstance(m, Gridded)]
+        steps: list[nn.Parameter] = [*(m.scale for m in roundings), *(m.scale for m in grids)]
+        try:
+            for scale in steps:
+                scale.requires_grad_(self.learn != "nothing")
+            for rounding in roundings:
+                rounding.clips = self.learn == "pact"
+                if isinstance(rounding.zero_point, nn.Parameter):
+                    rounding.zero_point.requires_grad_(self.learn == "lsq+")
+            if self.distill:
+                pupil = Pupil(graph, study.original, study.task, self.temperature)
+                assert study.task.train is not None
+                try:
+                    study.task.train(pupil, self.epochs, loss=pupil.loss)
+                except TypeError as error:
+                    raise TaskError(
+                        f"distillation calls train(model, epochs, loss=...), which failed with a TypeError: {error}"
+                    ) from error
+            else:
+                finetune(graph, study.task, self.epochs)
+        finally:
+            for rounding in roundings:
+                rounding.clips = False
+                rounding.settle()
+                if isinstance(rounding.zero_point, nn.Parameter):
+                    rounding.zero_point.requires_grad_(False)
+            for scale in steps:
+                scale.requires_grad_(False)
+        bad = [scale for scale in steps if not bool((scale.isfinite() & (scale > 0)).all())]
+        if bad or not all(bool(p.isfinite().all()) for p in graph.parameters()):
+            raise TaskError(
+                "training left NaN or infinite values, or steps of grids that are not positive: lower its learning rate"
+            )
+
+
+class Pupil(nn.Module):
+    """A network that remembers, at every call, what its teacher answers to the same inputs.
+
+    Args:
+        network: what is trained.
+        teacher: whose answers are right; a copy of it is used, and not trained.
+        task: whose loss says whether it is a classifier.
+        temperature: that both distributions are divided by.
+    """
+
+    def __init__(self, network: nn.Module, teacher: nn.Module, task: Task, temperature: float) -> None:
+        super().__init__()
+        self.network = network
+        self.__dict__["_teacher"] = copy.deepcopy(teacher).requires_grad_(False)  # no part of what is trained
+        self._task, self._temperature = task, temperature
+        self._right: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's answer."""
+        teacher: nn.Module = self.__dict__["_teacher"]
+        with torch.no_grad(), mode(teacher, training=False):
+            self._right = teacher(*args, **kwargs)
+        return self.network(*args, **kwargs)
+
+    def loss(self, outputs: Any, target: Any) -> Tensor:
+        """How far the last answer is from the teacher's; the target has no say.
+
+        For a classifier ``T² · KL(teacher ‖ network)`` of distributions at temperature T (Hinton et al., 2015,
+        arxiv.org/abs/1503.02531), otherwise the mean squared error.
+        """
+        right, loss = self._right, self._task.loss
+        dim = class_dimension(right, loss)
+        if dim is None:
+            pairs = zip(tensors_in(outputs), tensors_in(right), strict=False)
+            return torch.stack([(a - b).square().mean() for a, b in pairs if a.is_floating_point()]).sum()
+        # A loop may take the logits out of an answer before it asks for the loss.
+        mine, its = (logits_of(x).movedim(dim, -1) / self._temperature for x in (outputs, right))
+        flat = [x.flatten(0, -2).log_softmax(-1) for x in (mine, its)]
+        return kl_div(flat[0], flat[1], reduction="batchmean", log_target=True) * self._temperature**2

@@ -1,0 +1,85 @@
+"""Static quantization: ranges of activations are found on a few hundred samples, and stay.
+
+Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, 2018,
+arxiv.org/abs/1712.05877; Nagel et al., A white paper on neural network quantization, 2021, arxiv.org/abs/2106.08295,
+whose post-training pipeline this follows: fold batch norms, add quantizers, set the ranges of weights and activations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from featherweight.edits import Edit, Fold
+from featherweight.graph import ModelGraph
+from featherweight.layers import PerLayer
+from featherweight.quantize.activations import (
+    Activations,
+    check_folded,
+    leave,
+    norms_of,
+    observe,
+    quantized,
+    scales_read,
+    seen_edges,
+)
+from featherweight.quantize.placement import place
+from featherweight.study import Study
+from featherweight.task import Task
+
+
+@dataclass(frozen=True)
+class Static(Activations):
+    """Round weights and activations to whole numbers, with ranges found on calibration data; nothing is trained.
+
+    The model is kept as its graph from then on. Below 8 bits, and at 16, whole numbers are simulated: an exported file
+    answers as the model does, and its runtime computes in float32.
+
+    Attributes:
+        activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names.
+        ranges: of activations: ``"mse"`` (least squared error), ``"min-max"``, ``"average"`` (a running average of
+            batches), ``"percentile"`` (99.99 % of the values) or ``"entropy"`` (least divergence).
+        weight_ranges: ``"mse"`` or ``"min-max"``.
+        samples: how many calibration samples to look at.
+        fold: whether batch norms are folded into the layers in front of them first.
+    """
+
+    activation_bits: PerLayer[int] = 8
+    ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
+    weight_ranges: Literal["mse", "min-max"] = "mse"
+    samples: int = 200
+    fold: bool = True
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        if not found and self.samples < 1:
+            found.append("samples must be at least 1")
+        return found
+
+    def _widths(self) -> tuple[str, ...]:
+        return ("bits", "activation_bits")
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """Fold, place, watch, round."""
+        if (idle := self.idle(study)) is not None:
+            yield from leave(idle)
+            return
+        yield from self.capture(study)
+        graph = study.model
+        assert isinstance(graph, ModelGraph)
+        study.notes += self.unmatched(graph)
+        able, norms_left = norms_of(graph)
+        if able and self.fold:
+            before = copy.deepcopy(graph)
+            yield Fold(tuple(able))
+            check_folded(study, before)
+        placement = place(graph, self.runtime(), self.refused)
+        observers = observe(study, placement, self.samples, self.ranges not in ("min-max", "average"))
+        edges, unseen = seen_edges(placement, observers)
+        yield from leave({**self.reasons(study, placement), **norms_left, **unseen})
+        yield quantized(self, edges, observers, self.activation_bits, self.ranges)
+        yield from self.weights(study, placement, self.weight_ranges, scales_read(graph, placement))
