@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from featherweight.errors import ArtifactError, EditError, did_you_mean
-from featherweight.forms import Constraint, Form
+from featherweight.forms import Constraint, Form, beneath
 from featherweight.graph import GraphError, Narrowing
 
 
@@ -90,7 +90,8 @@ class Constrain(Edit):
                 layer.load_state_dict(dict(self.values))
             except RuntimeError as error:
                 raise EditError(f"the values for {self.layer!r} are not those of {self.constraint}: {error}") from error
-            made.check(getattr(layer, self.constraint.tensor).shape)
+            # Not the confined tensor's, which cannot be made of such as they should not be.
+            made.check(beneath(layer, self.constraint.tensor).shape)
         return model
 
     def describe(self) -> str:

@@ -300,7 +300,8 @@ class _Bench:
             if cheaper:
                 options[name] = (Option(name, None, whole, 0.0), *cheaper)
             else:
-                self.left[name] = "every option costs as much as the layer itself, or more"
+                dear = "every option costs as much as the layer itself, or more"
+                self.left[name] = dear if found else "nothing was asked of it"
         return Table(options, self.study.profile.total, self.study.start)
 
     @cached_property
