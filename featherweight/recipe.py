@@ -301,6 +301,7 @@ class _Run:
             store = str(self.folder / "evaluations.sqlite")
         reference = copy.deepcopy(self.model)
         study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store)
+        study.made = tuple(self.edits)
         study.__dict__["profile"] = self.profile
         return study
 

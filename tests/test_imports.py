@@ -21,10 +21,10 @@ LAYERS = (
     ("edits", "score"),
     ("cost", "curvature", "layers"),
     ("mend", "snapshot", "study"),
-    ("search", "step"),
+    ("artifact", "search", "step"),
     ("layerwise",),
     ("factorize", "prune", "quantize"),  # the verb folders
-    ("artifact", "export", "report"),
+    ("export", "report"),
     ("compressed", "packing"),
     ("inspection", "recipe"),
     ("__init__",),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.errors import EditError
-from featherweight.forms.constraint import Constrained, Constraint, Stored
+from featherweight.forms.constraint import Constrained, Constraint, Stored, constraints_on
 
 
 class Masked(Constrained):
@@ -59,6 +60,16 @@ class Mask(Constraint):
 
     def parametrization(self, tensor: Tensor) -> Masked:
         return Masked(tensor, self.kept)
+
+    def put_on(self, layer: nn.Module) -> Constrained:
+        """As any constraint; in the place of such a mask, where one is the topmost: a tighter one says all of it."""
+        above = constraints_on(layer, self.tensor)
+        if not above or type(above[-1]) is not Masked:
+            return super().put_on(layer)
+        made = self.parametrization(getattr(layer, self.tensor).detach()).to(above[-1].mask.device)
+        held = cast(Any, layer).parametrizations[self.tensor]
+        held[len(held) - 1] = made.train(layer.training)
+        return made
 
     def __str__(self) -> str:
         return f"{self.kept} values kept"

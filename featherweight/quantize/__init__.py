@@ -4,6 +4,7 @@ from featherweight.quantize.adaround import AdaRound
 from featherweight.quantize.binary import Binary, Ternary
 from featherweight.quantize.brecq import BRECQ
 from featherweight.quantize.gptq import GPTQ
+from featherweight.quantize.rate_distortion import RateDistortion
 from featherweight.quantize.weights import Weights
 
-__all__ = ["BRECQ", "GPTQ", "AdaRound", "Binary", "Ternary", "Weights"]
+__all__ = ["BRECQ", "GPTQ", "AdaRound", "Binary", "RateDistortion", "Ternary", "Weights"]
