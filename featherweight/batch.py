@@ -110,7 +110,8 @@ def sketch(inputs: Inputs) -> dict[str, Any]:
         if value.is_floating_point() or value.is_complex():
             flat = torch.view_as_real(value) if value.is_complex() else value
             flat = flat.detach().double()
-            spread = [float(flat.mean()), float(flat.std(correction=0))] if value.numel() else [0.0, 0.0]
+            moments = (flat.mean(), flat.std(correction=0)) if value.numel() else (0.0, 0.0)
+            spread = [float(f"{float(moment):.6g}") for moment in moments]  # short, for small files
         else:
             spread = [int(value.min()), int(value.max())] if value.numel() else [0, 0]
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "spread": spread}

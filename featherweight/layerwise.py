@@ -119,6 +119,18 @@ class Layerwise(Step):
             LookupError: there is no such option; the message says why the layer stays as it is.
         """
 
+    def settle(self, study: Study, plan: Plan, model: nn.Module) -> bool:
+        """Work on the values of several layers at once, in place, after each was fitted alone.
+
+        Args:
+            study: of the original.
+            plan: what was carried out.
+            model: the network as it is now.
+        Returns:
+            Whether anything was changed.
+        """
+        return False
+
     def ways(self) -> dict[str, Any]:
         """The settings that say how much, of which exactly one must be given."""
         return {"budget": self.budget, "select": self.select if self.plan is not None else None}
@@ -147,6 +159,8 @@ class Layerwise(Step):
     @property
     def selector(self) -> Selector:
         """Who chooses under a budget; with a plan, nobody does."""
+        if self.select == "optimal":
+            return Optimal(metric=self.metric)
         return SELECTORS[self.select]() if isinstance(self.select, str) else cast(Selector, self.select)
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
@@ -225,7 +239,7 @@ class Layerwise(Step):
         """The plan: the given one, the one the settings spell out, or the selector's."""
         table = bench.table
         if self.plan is not None:
-            return Choosing(self._ordered(self.plan, bench, table), "manual")
+            return Choosing(self._ordered(self.plan, bench, table), "manual", self.metric)
         if self.budget is None:
             picked: dict[str, Form] = {}
             for name, options in table.options.items():
@@ -235,7 +249,7 @@ class Layerwise(Step):
                     bench.left[name] = str(error.args[0])
                 else:
                     picked |= {name: option.form} if option and option.form else {}
-            return Choosing(Plan(self.name, picked), "manual")
+            return Choosing(Plan(self.name, picked), "manual", self.metric)
         return self.selector.choose(table, self.budget, bench, self.name)
 
     def _ordered(self, plan: Plan, bench: _Bench, table: Table) -> Plan:
@@ -407,6 +421,8 @@ class _Bench:
                 finetune(model, task, step.epochs_per_layer)
                 if lockstep is not None:
                     lockstep.close()  # all layers have changed
+        if train and plan.layers and step.settle(self.study, plan, model) and lockstep is not None:
+            lockstep.close()
         if plan.layers:
             self._mend(plan, model, lockstep)
         if train and step.epochs:

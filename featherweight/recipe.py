@@ -46,7 +46,7 @@ from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
 
-VERBS = ("factorize", "prune", "share")
+VERBS = ("factorize", "prune", "quantize", "share")
 
 
 @dataclass(frozen=True, init=False)
@@ -301,6 +301,7 @@ class _Run:
             store = str(self.folder / "evaluations.sqlite")
         reference = copy.deepcopy(self.model)
         study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store)
+        study.made = tuple(self.edits)
         study.__dict__["profile"] = self.profile
         return study
 
@@ -385,7 +386,9 @@ class _Run:
     def _keep(self, index: int) -> None:
         if self.folder is None:
             return
-        artifact.save(self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger)
+        artifact.save(
+            self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger, coding="fast", beneath=True
+        )
         state = {"steps": index + 1, "identity": self._identity(index + 1)}
         with draft(self.folder / "run.json") as file:
             file.write_text(json.dumps(state), encoding="utf-8")

@@ -179,10 +179,19 @@ class Lockstep:
             name: the layer, which is still the original's in both; to be asked for in calling order.
             calls: how often one run calls it.
         """
+        for was, now in self.reached(name, calls):
+            assert was.answer is not None
+            yield now.x, was.answer
+
+    def reached(self, name: str, calls: int = 1) -> Iterator[tuple[Reached, Reached]]:
+        """Call by call: what goes into a module of the original, with its answer, and into that of the changed network.
+
+        Args:
+            name: the module, whose first argument is a tensor; to be asked for in calling order.
+            calls: how often one run calls it.
+        """
         for was, now in zip(self._original.at(name, calls), self._changed.at(name, calls), strict=True):
-            for one, other in zip(was, now, strict=False):
-                assert one.answer is not None
-                yield other.x, one.answer
+            yield from zip(was, now, strict=False)
 
     def answers(self) -> tuple[list[Any], list[Any]]:
         """What the original and the changed network answer, batch by batch."""

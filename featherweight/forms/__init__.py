@@ -11,23 +11,31 @@ from featherweight.forms.constraint import (
     released,
     stored,
 )
+from featherweight.forms.floats import Float, Floating
 from featherweight.forms.form import Form, FormModule, Layer, is_layer, without_data
 from featherweight.forms.gone import Gone, Removed
+from featherweight.forms.grid import Grid, Gridded
 from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
 from featherweight.forms.separable import Separable
+from featherweight.forms.signs import Binary, Signs, Ternary
 
 __all__ = [
+    "Binary",
     "BlockMask",
     "Codebook",
     "Constrained",
     "Constraint",
     "ConvPair",
+    "Float",
+    "Floating",
     "Form",
     "FormModule",
     "Gone",
+    "Grid",
+    "Gridded",
     "Layer",
     "LinearPair",
     "LowRank",
@@ -38,7 +46,9 @@ __all__ = [
     "Removed",
     "Separable",
     "Shared",
+    "Signs",
     "Stored",
+    "Ternary",
     "beneath",
     "constrained_tensors",
     "constraints_on",

@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,26 @@ class Constrained(nn.Module):
         """
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, confined: Tensor) -> Tensor:
+        return confined.view_as(confined)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
+
+
+def straight_through(original: Tensor, confined: Tensor) -> Tensor:
+    """The confined values, whose gradients go to the original as they are.
+
+    Bengio, Léonard & Courville, Estimating or propagating gradients through stochastic neurons, 2013,
+    arxiv.org/abs/1308.3432.
+    """
+    given: Tensor = _StraightThrough.apply(original, confined)  # type: ignore[no-untyped-call]
+    return given
+
+
 @dataclass(frozen=True)
 class Constraint(Form):
     """A layer as it is, one of its tensors confined.
@@ -103,7 +123,11 @@ class Constraint(Form):
         tensor = getattr(layer, self.tensor, None)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise EditError(f"{type(layer).__name__} has no floating-point tensor {self.tensor!r} to put {self} on")
-        made = self.parametrization(tensor.detach()).to(tensor.device)
+        made = self.parametrization(tensor.detach().requires_grad_(tensor.requires_grad)).to(tensor.device)
+        if self.tensor not in getattr(layer, "parametrizations", {self.tensor: None}):
+            # PyTorch is about to give the layer's class a property of this name, and copies of the layer share it.
+            own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+            layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
         parametrize.register_parametrization(layer, self.tensor, made, unsafe=True)
         return made.train(layer.training)
 

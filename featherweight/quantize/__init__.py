@@ -1,0 +1,10 @@
+"""Fewer bits: which numbers weights may be, and how each becomes one of them."""
+
+from featherweight.quantize.adaround import AdaRound
+from featherweight.quantize.binary import Binary, Ternary
+from featherweight.quantize.brecq import BRECQ
+from featherweight.quantize.gptq import GPTQ
+from featherweight.quantize.rate_distortion import RateDistortion
+from featherweight.quantize.weights import Weights
+
+__all__ = ["BRECQ", "GPTQ", "AdaRound", "Binary", "RateDistortion", "Ternary", "Weights"]

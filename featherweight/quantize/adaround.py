@@ -1,0 +1,42 @@
+"""AdaRound: whether each weight is rounded up or down is learnt, so that the layer's output moves least.
+
+Nagel et al., Up or down? Adaptive rounding for post-training quantization, 2020, arxiv.org/abs/2004.10568. The layer's
+error, in which the paper takes batches, is taken in closed form from the Gram matrix of its inputs; with asymmetric
+fitting the target is the original's answer to the uncompressed input, as in its equation 25, without the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from featherweight.curvature.gram import Statistics
+from featherweight.curvature.rounding import Matrix, adarounded
+from featherweight.forms import Layer
+from featherweight.quantize.gptq import GPTQ
+from featherweight.quantize.rounding import Lattice, Rounding, TwoValues
+from featherweight.search.options import Option
+
+
+@dataclass(frozen=True)
+class AdaRound(Rounding):
+    """Learn the rounding of weights layer by layer; needs calibration data, without it rounds to nearest.
+
+    Attributes:
+        steps: of gradient descent for every layer.
+    """
+
+    steps: int = 1000
+
+    def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
+        assert of.gram is not None
+        if isinstance(lattice, TwoValues):  # there is no up and down
+            return GPTQ().rounded(of, lattice)
+        scale, shift, low, high = lattice.scale, lattice.zero_point, lattice.low, lattice.high
+        return adarounded(of.weight, of.gram, scale, shift, low, high, of.held, self.steps)
+
+    def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
+        # Learning for every option would take too long: a sweep ends nearly as low.
+        return GPTQ(data_aware=self.data_aware, ranges=self.ranges).losses(layer, options, seen)

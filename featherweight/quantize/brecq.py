@@ -1,0 +1,270 @@
+"""Block reconstruction: the rounding of all weights of a block is learnt together, for the block's output.
+
+Li et al., BRECQ: Pushing the limit of post-training quantization by block reconstruction, 2021,
+arxiv.org/abs/2102.05426; its authors' program weighs all outputs alike, as this does. What goes into a block is mixed,
+value by value, of what the original and what the compressed network gives it (Wei et al., QDrop, 2022,
+arxiv.org/abs/2203.05740), which keeps the fit from clinging to the few samples there are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from featherweight.batch import Inputs, mode
+from featherweight.curvature.gram import my_share
+from featherweight.curvature.lockstep import Lockstep
+from featherweight.curvature.rounding import Opened
+from featherweight.forms import Gridded, constraints_on, is_layer, released
+from featherweight.forms.mask import Masked
+from featherweight.progress import track
+from featherweight.quantize.gptq import GPTQ
+from featherweight.search.options import Plan
+from featherweight.study import Study
+
+# More layers than this are no block: what is between them can be seen by itself.
+MOST_LAYERS = 12
+# Bytes of inputs and answers that are kept of one block.
+MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class BRECQ(GPTQ):
+    """Round as GPTQ does, then learn the rounding block by block; needs calibration data.
+
+    Attributes:
+        steps: of gradient descent for every block.
+        batch: samples in each.
+        mix: share of a block's inputs that is the original's.
+    """
+
+    steps: int = 400
+    batch: int = 32
+    mix: float = 0.5
+
+    def settle(self, study: Study, plan: Plan, model: nn.Module) -> bool:
+        aware = study.task.has_calibration if self.data_aware is None else self.data_aware
+        return aware and reconstruct(study, list(plan.layers), model, self.samples, self.steps, self.batch, self.mix)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a network that one tensor goes into and one comes out of.
+
+    Attributes:
+        name: of the module.
+        layers: names of the layers inside that are rounded, without the module's.
+        more: what it is called with beside the tensor.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    more: tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def reconstruct(
+    study: Study, names: Sequence[str], model: nn.Module, samples: int, steps: int, batch: int, mix: float
+) -> bool:
+    """Learn the rounding of every block in turn, in place; a block stays as it is where that brings no gain.
+
+    Args:
+        study: of the original network.
+        names: the layers that were rounded to grids.
+        model: the network with those layers, each rounded alone.
+        samples: of calibration to look at.
+        steps: of gradient descent for every block.
+        batch: samples in each.
+        mix: share of a block's inputs that is the original's.
+    Returns:
+        Whether any block came nearer to the original's.
+    """
+    task, original = study.task, study.original
+    rounded = [n for n in names if any(isinstance(c, Gridded) for c in constraints_on(model.get_submodule(n)))]
+    blocks = find_blocks(original, rounded, task.inputs().on(original))
+    each = study.profile.peak_activation_bytes / task.inputs().batch_size
+    lockstep = Lockstep(original, model, my_share(task.batches(model, samples)), sample_bytes=each)
+    generator = torch.Generator().manual_seed(study.seed)
+    gained = 0
+    for block in track(blocks, "reconstructing blocks"):
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        room = MEMORY
+        for was, now in lockstep.reached(block.name):
+            assert was.answer is not None
+            room -= 4 * (2 * now.x.numel() + was.answer.numel())
+            if room >= 0 or not kept:
+                kept.append((was.x.clone(), now.x.clone(), was.answer.clone()))
+        if kept:
+            gained += _learn(block, original, model, kept, steps, batch, mix, generator)
+    lockstep.close()
+    return gained > 0
+
+
+def find_blocks(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> list[Block]:
+    """The parts of a network to be reconstructed, in calling order: modules as large as hold a few layers.
+
+    A module serves that is called once, with one tensor and what is no tensor, and that gives one tensor. A Sequential
+    serves where what it holds is single; layers that no such module holds are each a block.
+
+    Args:
+        model: the network.
+        layers: names of those that are rounded.
+        inputs: an example.
+    """
+    calls: dict[str, list[tuple[Any, Any, Any]]] = {}
+    order: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.setdefault(name, []).append((args, kwargs, output))
+
+        return hook
+
+    def begin(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            order.setdefault(name, len(order))
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(mode(model, training=False))
+        for name, module in model.named_modules():
+            for handle in (
+                module.register_forward_hook(watch(name), with_kwargs=True),
+                module.register_forward_pre_hook(begin(name)),
+            ):
+                stack.callback(handle.remove)
+        with torch.no_grad():
+            inputs.into(model)
+
+    def serves(name: str) -> bool:
+        found = calls.get(name, [])
+        if len(found) != 1:
+            return False
+        args, kwargs, output = found[0]
+        held = [*args[1:], *kwargs.values()]
+        return (
+            bool(args)
+            and isinstance(args[0], Tensor)
+            and isinstance(output, Tensor)
+            and not any(isinstance(extra, Tensor) for extra in held)
+        )
+
+    def inside(name: str) -> tuple[str, ...]:
+        start = f"{name}."
+        return tuple(n.removeprefix(start) for n in layers if n.startswith(start)) or (("",) if name in layers else ())
+
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module) -> None:
+        held = inside(name) if name else tuple(layers)
+        if not held:
+            return
+        single = not isinstance(module, nn.Sequential) or all(not list(m.children()) for m in module)
+        if name and serves(name) and len(held) <= MOST_LAYERS and (is_layer(module) or single):
+            found.append(name)
+            return
+        for child, part in module.named_children():
+            look(f"{name}.{child}" if name else child, part)
+
+    look("", model)
+    found.sort(key=lambda name: order[name])
+    return [Block(name, inside(name), (calls[name][0][0][1:], calls[name][0][1])) for name in found]
+
+
+def _learn(
+    block: Block,
+    original: nn.Module,
+    model: nn.Module,
+    kept: Sequence[tuple[Tensor, Tensor, Tensor]],
+    steps: int,
+    batch: int,
+    mix: float,
+    generator: torch.Generator,
+) -> bool:
+    """Learn the rounding of one block; whether its answers come nearer than they were."""
+    now, was = model.get_submodule(block.name), original.get_submodule(block.name)
+    plain = released(now)
+    plain = (copy.deepcopy(plain) if plain is now else plain).eval().requires_grad_(False)
+    args, kwargs = block.more
+    parts: list[_Part] = []
+    for name in block.layers:
+        layer, weight = now.get_submodule(name), cast(Tensor, was.get_submodule(name).weight).detach()
+        made = next(c for c in constraints_on(layer) if isinstance(c, Gridded))
+        exact = weight.float()
+        scale = made.form.spread(made.scale.detach(), exact.shape).float()
+        shift = made.form.spread(made.zero_point, exact.shape).float()
+        target = exact / scale
+        below = target.floor()
+        opened = Opened(below, target)
+        opened.v.requires_grad_()
+        masks = [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]
+        stay = torch.stack(masks).all(0) if masks else None
+        parts.append(_Part(f"{name}.weight" if name else "weight", layer, made, opened, below, scale, shift, stay))
+
+    def error(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        answer: Tensor = functional_call(plain, dict(weights), (x, *args), dict(kwargs))
+        return (answer - y).float().square().mean()
+
+    def mean_error(weights: Mapping[str, Tensor]) -> float:
+        with torch.no_grad():
+            return sum(float(error(weights, x, y)) * len(x) for _, x, y in kept) / sum(len(x) for _, x, _ in kept)
+
+    before = mean_error({})
+    if not before > 0:
+        return False
+    values = sum(part.below.numel() for part in parts)
+    optimizer = torch.optim.Adam([part.opened.v for part in parts], min(0.1, max(1e-2, 10 / steps)))
+    with torch.enable_grad():
+        for step in range(steps):
+            original_x, x, y = kept[int(torch.randint(len(kept), (1,), generator=generator))]
+            rows = torch.randperm(len(x), generator=generator)[:batch].to(x.device)
+            x, y, original_x = x[rows], y[rows], original_x[rows]
+            if mix and x.is_floating_point():
+                x = torch.where(torch.rand(x.shape, generator=generator).to(x.device) < mix, original_x, x)
+            loss = error({part.weight: part.soft().to(x.dtype) for part in parts}, x, y) / before
+            # Nagel et al., equation 24, in units of the error that rounding each layer alone leaves.
+            indecision = sum(part.opened.penalty((step + 1) / steps).sum() for part in parts)
+            optimizer.zero_grad()
+            (loss + 3.0 * indecision / values).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    decided = {part.weight: part.hard().to(plain.get_parameter(part.weight).dtype) for part in parts}
+    if not mean_error(decided) < before:
+        return False
+    with torch.no_grad():
+        for part in parts:
+            part.layer.get_parameter("parametrizations.weight.original").copy_(decided[part.weight])
+    return True
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One layer's rounding while it is learnt."""
+
+    weight: str
+    layer: nn.Module
+    made: Gridded
+    opened: Opened
+    below: Tensor
+    scale: Tensor
+    shift: Tensor
+    stay: Tensor | None
+
+    def _values(self, up: Tensor) -> Tensor:
+        form = self.made.form
+        found = ((self.below + up + self.shift).clamp(form.low, form.high) - self.shift) * self.scale
+        return found if self.stay is None else found * self.stay
+
+    def soft(self) -> Tensor:
+        """The weight in between."""
+        return self._values(self.opened.share())
+
+    def hard(self) -> Tensor:
+        """The weight as it is rounded."""
+        return self._values(self.opened.decided())

@@ -1,0 +1,44 @@
+"""GPTQ: column after column is rounded, and the columns behind make up for the error.
+
+Frantar et al., GPTQ: Accurate post-training quantization for generative pre-trained transformers, 2023,
+arxiv.org/abs/2210.17323; the same column sweep for convolutions as for Linear layers, group by group. What the sweep
+leaves is taken up by coordinate descent (Behdin et al., QuantEase, 2023, arxiv.org/abs/2309.01885), which is monotone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from featherweight.curvature.gram import Statistics
+from featherweight.curvature.rounding import SWEEP_DAMPING, Matrix, descended, swept
+from featherweight.forms import Layer
+from featherweight.quantize.rounding import Lattice, Rounding
+from featherweight.search.options import Option
+
+
+@dataclass(frozen=True)
+class GPTQ(Rounding):
+    """Round weights column by column with feedback of the error; needs calibration data, without it rounds to nearest.
+
+    Attributes:
+        order: begin with the columns whose inputs are largest.
+        damping: of the Gram matrix, as a share of its mean diagonal.
+        rounds: of coordinate descent afterwards, at most; 0 for the paper's own result.
+    """
+
+    order: bool = False
+    damping: float = SWEEP_DAMPING
+    rounds: int = 4
+
+    def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
+        assert of.gram is not None
+        found = swept(of.weight, of.gram, lattice.nearest, of.held, self.order, self.damping)
+        return descended(of.weight, found, of.gram, lattice.nearest, of.held, self.rounds) if self.rounds else found
+
+    def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
+        if not self.rounds:
+            return super().losses(layer, options, seen)
+        return replace(self, rounds=0).losses(layer, options, seen)  # which is near enough, and much faster
