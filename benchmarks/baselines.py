@@ -137,15 +137,15 @@ class Batches:
     Args:
         split: images and labels.
         augment: images → images.
-        teacher: whose softened answers to imitate beside the labels (Hinton et al., 2015); None for the labels alone.
+        answers: a teacher's to the images as they are, to imitate beside the labels; None for the labels alone.
         size: samples a batch.
     """
 
     def __init__(
-        self, split: Split, augment: Callable[[Tensor], Tensor], teacher: nn.Module | None = None, size: int = 128
+        self, split: Split, augment: Callable[[Tensor], Tensor], answers: Tensor | None = None, size: int = 128
     ) -> None:
         self.images, self.labels = split
-        self.augment, self.teacher, self.size = augment, teacher, size
+        self.augment, self.answers, self.size = augment, answers, size
 
     def __len__(self) -> int:
         return len(self.images) // self.size
@@ -155,14 +155,23 @@ class Batches:
         for chosen in order[: len(self) * self.size].split(self.size):
             images = self.augment(self.images[chosen])
             target = F.one_hot(self.labels[chosen], 10).float()
-            if self.teacher is not None:
-                with torch.no_grad():
-                    target = torch.cat([target, self.teacher(images)], 1)
+            if self.answers is not None:
+                target = torch.cat([target, self.answers[chosen]], 1)
             yield images.contiguous(memory_format=torch.channels_last), target
 
 
+def answers(network: nn.Module, images: Tensor) -> Tensor:
+    """A network's logits, in evaluation mode."""
+    network.eval()
+    with torch.no_grad():
+        return torch.cat([network(batch) for batch in images.split(500)])
+
+
 def loss(outputs: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy with the labels; where the teacher's logits stand beside them, half of it with those at T = 3."""
+    """Cross entropy with the labels; where a teacher's answers stand beside them, most of it with those, softened.
+
+    Hinton et al., Distilling the knowledge in a neural network, 2015, arxiv.org/abs/1503.02531, at a temperature of 3.
+    """
     plain = F.cross_entropy(outputs, target[:, :10])
     if target.shape[1] == 10:
         return plain
@@ -173,10 +182,7 @@ def loss(outputs: Tensor, target: Tensor) -> Tensor:
 def accuracy(network: nn.Module, split: Split) -> float:
     """The share of images classified right."""
     images, labels = split
-    network.eval()
-    with torch.no_grad():
-        answers = torch.cat([network(batch).argmax(1) for batch in images.split(500)])
-    return float((answers == labels).double().mean())
+    return float((answers(network, images).argmax(1) == labels).double().mean())
 
 
 # Network, data, augmentation, epochs, peak learning rate.

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,6 +104,12 @@ def save(
             writer.close()
     except OSError as error:
         raise ArtifactError(f"{path} could not be written ({error}); what was there before is still there") from error
+
+
+def measured(model: nn.Module, edits: Sequence[Edit], example: Mapping[str, Any], coding: Coding = "small") -> int:
+    """The bytes of the file that `save` would write, without a record."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save(Path(folder) / "model.fw", model, edits, None, example, coding=coding)
 
 
 def check(model: nn.Module) -> None:

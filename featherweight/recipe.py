@@ -303,6 +303,7 @@ class _Run:
             store = str(self.folder / "evaluations.sqlite")
         reference = copy.deepcopy(self.model)
         study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store, given=self.original)
+        study.made = tuple(self.edits)
         study.__dict__["profile"] = self.profile
         return study
 

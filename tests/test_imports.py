@@ -21,10 +21,10 @@ LAYERS = (
     ("edits", "score"),
     ("cost", "curvature", "layers"),
     ("mend", "snapshot", "study"),
-    ("search", "step"),
+    ("artifact", "search", "step"),
     ("layerwise", "retraining"),
     ("distill", "factorize", "prune", "quantize", "share", "tune"),  # the verb folders
-    ("artifact", "export", "report"),
+    ("export", "report"),
     ("compressed", "packing"),
     ("inspection", "recipe"),
     ("compact",),

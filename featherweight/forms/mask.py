@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +65,14 @@ class Mask(Constraint):
         return Masked(tensor, self.kept)
 
     def put_on(self, layer: nn.Module) -> Constrained:
-        """As any constraint; but a mask upon a mask is one mask, which keeps what both would: files hold it once."""
-        there = constraints_on(layer, self.tensor)
-        if there and type(there[-1]) is Masked:
-            there[-1].kept = self.kept
-            return there[-1]
-        return super().put_on(layer)
+        """As any constraint; in the place of such a mask, where one is the topmost: a tighter one says all of it."""
+        above = constraints_on(layer, self.tensor)
+        if not above or type(above[-1]) is not Masked:
+            return super().put_on(layer)
+        made = self.parametrization(getattr(layer, self.tensor).detach()).to(above[-1].mask.device)
+        held = cast(Any, layer).parametrizations[self.tensor]
+        held[len(held) - 1] = made.train(layer.training)
+        return made
 
     def __str__(self) -> str:
         return f"{self.kept} values kept"

@@ -6,6 +6,7 @@ from featherweight.quantize.brecq import BRECQ
 from featherweight.quantize.dynamic import Dynamic
 from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.qat import QAT
+from featherweight.quantize.rate_distortion import RateDistortion
 from featherweight.quantize.static import Static
 from featherweight.quantize.targets import TARGETS, Target, target
 from featherweight.quantize.weights import Weights
@@ -18,6 +19,7 @@ __all__ = [
     "AdaRound",
     "Binary",
     "Dynamic",
+    "RateDistortion",
     "Static",
     "Target",
     "Ternary",

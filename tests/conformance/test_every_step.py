@@ -19,12 +19,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import featherweight as fw
-from featherweight import distill, factorize, prune, tune
+from featherweight import distill, factorize, prune, share, tune
 from featherweight import edits as editing
 from featherweight.batch import as_inputs
 from featherweight.cost.count import profile
-from featherweight.edits import Narrow, Replace
+from featherweight.curvature import gather
+from featherweight.edits import Narrow, remade
 from featherweight.errors import NoEffect
+from featherweight.forms import constrained_tensors, stored
 from featherweight.graph import couple
 from featherweight.layers import layer_names
 from featherweight.layerwise import Layerwise
@@ -46,6 +48,13 @@ STRUCTURED: dict[str, dict[str, Any]] = {
     "optimal": {"budget": fw.Budget(macs=0.6)},
     "plain": {"ratio": 0.5},
     "trained": {"ratio": 0.5, "score": "lasso", "epochs": 2, "multiple_of": 2},
+}
+SPARSE: dict[str, dict[str, Any]] = {
+    "optimal": {"budget": fw.Budget(params=0.6)},
+    "greedy": {"budget": fw.Budget(bytes=0.7), "select": fw.Greedy(candidates=4)},
+    "plain": {"sparsity": 0.5},
+    "pattern": {"n": 2, "m": 4},
+    "trained": {"sparsity": {"*o*": 0.5}, "epochs_per_layer": 1, "epochs": 2},
 }
 # The settings that every step is tested with. What one is tested with says what a user can rely on. The plain ones
 # stand for all where one run is enough.
@@ -86,6 +95,22 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
     distill.Mutual: {"plain": {}, "with the original": {"peers": "original", "temperature": 2.0}},
     distill.SelfDistill: {"plain": {"heads": 1}},
     distill.BornAgain: {"plain": {}, "again": {"generations": 2, "hard": 0.5}},
+    prune.Magnitude: {
+        **{name: SPARSE[name] for name in ("greedy", "plain")},
+        "gradual": {"sparsity": 0.7, "spread": "erk", "schedule": "gradual", "epochs": 3, "rounds": 2},
+        "taylor": {"sparsity": 0.5, "spread": "global", "score": "taylor"},
+        "blocks": {"sparsity": 0.5, "score": "l2", "block": (1, 2)},
+    },
+    prune.NM: {"plain": {"n": 2}},
+    prune.Wanda: {name: SPARSE[name] for name in ("plain", "pattern")},
+    prune.OBS: {name: SPARSE[name] for name in ("optimal", "plain", "trained")},
+    prune.Movement: {"plain": {"epochs": 1, "rounds": 2}},
+    share.KMeans: {
+        "optimal": {"budget": fw.Budget(bytes=0.3)},
+        "plain": {"bits": 2},
+        "without data": {"bits": 3, "data_aware": False, "init": "density"},
+        "trained": {"bits": {"*": 2}, "channels": 8, "epochs": 1, "feedback": False},
+    },
 }
 # The networks that each step is tested on: it finds something to change in all of them.
 MEETS: dict[type[Step], tuple[str, ...]] = {
@@ -105,6 +130,12 @@ MEETS: dict[type[Step], tuple[str, ...]] = {
     distill.Mutual: ("residual",),
     distill.SelfDistill: ("residual",),
     distill.BornAgain: ("transformer",),
+    prune.Magnitude: ("temporal",),
+    prune.NM: ("transformer",),
+    prune.Wanda: ("transformer",),
+    prune.OBS: ("temporal",),
+    prune.Movement: ("transformer",),
+    share.KMeans: ("temporal",),
 }
 # But not in these settings.
 NOTHING_IN = {
@@ -131,6 +162,13 @@ BUDGETS = [
     fw.Budget(macs=0.7, params=0.5),
     fw.Budget(macs=0.5, bytes=0.8),
 ]
+# What confines weights changes neither their arithmetic nor, where it is their values, their number.
+CONFINING = {
+    **{step: [fw.Budget(params=0.5, bytes=0.7)] for step in (prune.Magnitude, prune.Wanda, prune.OBS)},
+    prune.NM: [fw.Budget(params=0.7)],
+    prune.Movement: [],
+    share.KMeans: [fw.Budget(bytes=0.2)],
+}
 every_case = pytest.mark.parametrize(("step", "settings", "network"), CASES)
 every_kind = pytest.mark.parametrize(("step", "network"), KINDS)
 every_layerwise_case = pytest.mark.parametrize(
@@ -153,10 +191,10 @@ every_budget = pytest.mark.parametrize(
     [
         pytest.param(*kind.values, budget, id=f"{kind.id}-{budget}")
         for kind in KINDS
-        for budget in BUDGETS
+        for budget in CONFINING.get(kind.values[0], BUDGETS)
         if "budget" in kind.values[0].__dataclass_fields__
         if (*kind.values, budget.energy) != (factorize.DepthwiseSeparable, "temporal", 0.9)  # its least is 0.958
-        if issubclass(kind.values[0], Layerwise) or len(budget.costs()) > 1
+        if kind.values[0] in CONFINING or issubclass(kind.values[0], Layerwise) or len(budget.costs()) > 1
     ],
 )
 
@@ -237,7 +275,8 @@ def test_something_was_changed_and_every_layer_accounted_for(step, settings, net
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
     assert entry.edits
-    assert entry.after.total.params < entry.before.total.params
+    metric = "bytes" if step is share.KMeans else "params"
+    assert getattr(entry.after.total, metric) < getattr(entry.before.total, metric)
     assert changed(case) | set(entry.left) >= set(layer_names(case.original))
     assert not changed(case) & set(entry.left)
     assert all(entry.left.values()), "a layer that stays has a reason"
@@ -314,9 +353,15 @@ def test_costs_in_the_ledger_are_those_of_the_models(step, settings, network):
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
     for model, said in ((case.original, entry.before), (case.compressed.model, entry.after)):
-        assert said.total.params == sum(p.numel() for p in model.parameters())
-        kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        assert said.total.bytes == sum(t.numel() * t.element_size() for t in kept.values())
+        confined = [(module, name) for _, module, name in constrained_tensors(model)]
+        parts = [p for m, name in confined for p in m.parametrizations[name].modules()]
+        held = {id(t) for part in parts for t in (*part.parameters(False), *part.buffers(False))}
+        taken = [stored(module, name) for module, name in confined]
+        plain = sum(p.numel() for p in model.parameters() if id(p) not in held)
+        assert said.total.params == plain + sum(tensor.values for tensor in taken)
+        kept = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in held}
+        plain = sum(t.numel() * t.element_size() for t in kept.values())
+        assert said.total.bytes == plain + sum(tensor.bytes for tensor in taken)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:  # PyTorch's own
             copy.deepcopy(model).eval()(NETWORKS[network].data(1))
         assert 2 * said.total.macs == counter.get_total_flops()
@@ -363,19 +408,21 @@ def test_every_option_costs_after_it_is_applied_what_it_said_before(step, networ
     model = make(NETWORKS[network])
     example = as_inputs(NETWORKS[network].data(1))
     rows = profile(model, example).layers
-    technique = step(ratio=0.5)
+    statistics = gather(model, {n: model.get_submodule(n) for n in layer_names(model)}, [example])
+    technique = step(budget=CONFINING[step][0]) if step in CONFINING else step(**SETTINGS[step]["plain"])
     assert isinstance(technique, Layerwise)
-    priced = 0
+    metric, priced = technique.metric, 0
     for name in layer_names(model):
         layer = model.get_submodule(name)
         if technique.unfit(layer) is not None:
             continue
-        options = technique.options(name, layer, rows[name].calls, None)
-        costs = [option.cost.macs for option in options]
+        options = technique.priced(name, layer, rows[name].calls)
+        costs = [option.cost.metric(metric) for option in options]
         assert costs == sorted(costs)
-        for option in {options[0], options[len(options) // 2], options[-1]}:
+        seen = statistics.get(name) if getattr(step, "needs_data", False) else None
+        for option in {options[0], options[len(options) // 2], options[-1]} if options else ():
             changed = copy.deepcopy(model)
-            Replace(name, option.form, technique.values(layer, option.form, None)).apply(changed)
+            remade(name, option.form, technique.values(layer, option.form, seen)).apply(changed)
             found = profile(changed, example).layers[name].cost
             assert found == option.cost, (name, str(option))
             priced += 1
@@ -450,7 +497,10 @@ def test_what_was_frozen_or_in_training_still_is(step, settings, network):
             assert made[name].training == module.training, name
     frozen = [name for name, p in case.original.named_parameters() if not p.requires_grad]
     assert frozen == ["last.bias" if network == "temporal" else "head.bias"]
-    now_frozen = {name for name, p in case.compressed.model.named_parameters() if not p.requires_grad}
+    # What lies beneath a codebook has no say any more.
+    beneath = ".parametrizations.weight.original" if step is share.KMeans else "(none)"
+    trained = [(name, p) for name, p in case.compressed.model.named_parameters() if not name.endswith(beneath)]
+    now_frozen = {name for name, p in trained if not p.requires_grad}
     assert now_frozen <= {*frozen, "head.second.bias", "last.second.bias"}
     assert len(now_frozen) == 1
 
