@@ -222,6 +222,7 @@ class Rounding(Layerwise):
         shift = laid_out(zero_point, form, shape, of)
         # Of few values the best scale depends much on how they are rounded: both are found in turn.
         fitted = self.ranges == "mse" and form.axis == 0 and not form.group
+        best: tuple[Tensor, Tensor, Tensor] | None = None
         for _ in range(2 if fitted and form.bits <= 3 else 1):
             lattice = Lattice(laid_out(scale, form, shape, of), shift, form.low, form.high)
             plain = lattice.nearest(of.weight)
@@ -234,6 +235,12 @@ class Rounding(Layerwise):
             if fitted:
                 factor = rescaled(of.weight, found, of.gram)
                 found, scale = found * factor, scale * factor.flatten().float()
+            left = errors(of.weight, found, of.gram)
+            if best is not None:
+                better = left < best[0]
+                left, found = torch.where(better, left, best[0]), torch.where(better[..., None], found, best[1])
+                scale = torch.where(better.flatten(), scale, best[2])
+            best = left, found, scale
         return found, scale, zero_point
 
     def few(self, of: Matrix, form: Binary | Ternary, shape: torch.Size, rounds: int = 5) -> tuple[Tensor, Tensor]:

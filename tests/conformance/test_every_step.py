@@ -20,18 +20,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featherweight as fw
 from featherweight import edits as editing
-from featherweight import factorize, prune
+from featherweight import factorize, prune, quantize
 from featherweight.batch import as_inputs
 from featherweight.cost.count import profile
 from featherweight.edits import Narrow, Replace
 from featherweight.errors import NoEffect
+from featherweight.factorize.factorization import Factorization
+from featherweight.forms import constrained_tensors, stored
 from featherweight.graph import couple
 from featherweight.layers import layer_names
 from featherweight.layerwise import Layerwise
 from featherweight.ledger import Ledger
 from featherweight.prune.structured import Structured
 from featherweight.recipe import every_step
-from featherweight.step import Step
+from featherweight.step import Stage, Step
 
 LAYERWISE: dict[str, dict[str, Any]] = {
     "optimal": {"budget": fw.Budget(macs=0.6)},
@@ -46,6 +48,12 @@ STRUCTURED: dict[str, dict[str, Any]] = {
     "plain": {"ratio": 0.5},
     "trained": {"ratio": 0.5, "score": "lasso", "epochs": 2, "multiple_of": 2},
 }
+ROUNDED: dict[str, dict[str, Any]] = {
+    "optimal": {"budget": fw.Budget(bytes=0.4)},
+    "plain": {"bits": 4},
+    "grouped": {"bits": {"*": 3}, "symmetric": False, "group": 5},
+    "trained": {"bits": 2, "granularity": "tensor", "epochs_per_layer": 1, "epochs": 2},
+}
 # The settings that every step is tested with. What one is tested with says what a user can rely on. The plain ones
 # stand for all where one run is enough.
 SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
@@ -56,6 +64,17 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
     prune.Neurons: {"plain": {"ratio": 0.5}},
     prune.Blocks: {"plain": {"count": 1}, "optimal": {"budget": fw.Budget(params=0.95)}},
     prune.Heads: {name: STRUCTURED[name] for name in ("optimal", "plain")},
+    quantize.GPTQ: {**ROUNDED, "without data": {"bits": 4, "data_aware": False}},
+    quantize.AdaRound: {"plain": {"bits": 4, "steps": 30}},
+    quantize.BRECQ: {"plain": {"bits": 3, "steps": 10}},
+    quantize.Weights: {
+        "plain": {"bits": 4},
+        "equalized": {"bits": 4, "effort": "equalized", "granularity": "tensor"},
+        "in turn": {"bits": 2, "budget": fw.Budget(drop=0.0), "effort": "adaround"},
+        "halves": {"bits": "bf16"},
+    },
+    quantize.Binary: {"plain": {}, "trained": {"epochs": 2}, "optimal": {"budget": fw.Budget(bytes=0.4)}},
+    quantize.Ternary: {"plain": {}, "without data": {"data_aware": False}},
 }
 # The networks that each step is tested on: it finds something to change in all of them.
 MEETS: dict[type[Step], tuple[str, ...]] = {
@@ -66,6 +85,12 @@ MEETS: dict[type[Step], tuple[str, ...]] = {
     prune.Neurons: ("transformer",),
     prune.Blocks: ("stacked",),
     prune.Heads: ("attention",),
+    quantize.GPTQ: ("residual", "transformer"),
+    quantize.AdaRound: ("temporal",),
+    quantize.BRECQ: ("stacked",),
+    quantize.Weights: ("temporal", "attention"),
+    quantize.Binary: ("residual", "temporal"),
+    quantize.Ternary: ("transformer",),
 }
 # But not in these settings.
 NOTHING_IN = {(factorize.SpatialSVD, "the other axis", "temporal")}
@@ -92,7 +117,7 @@ every_layerwise_case = pytest.mark.parametrize(
     ("step", "settings", "network"), [case for case in CASES if issubclass(case.values[0], Layerwise)]
 )
 every_layerwise_kind = pytest.mark.parametrize(
-    ("step", "network"), [kind for kind in KINDS if issubclass(kind.values[0], Layerwise)]
+    ("step", "network"), [kind for kind in KINDS if issubclass(kind.values[0], Factorization)]
 )
 every_structured_case = pytest.mark.parametrize(
     ("step", "settings", "network"), [case for case in CASES if issubclass(case.values[0], Structured)]
@@ -103,7 +128,8 @@ every_budget = pytest.mark.parametrize(
         pytest.param(*kind.values, budget, id=f"{kind.id}-{budget}")
         for kind in KINDS
         for budget in BUDGETS
-        if issubclass(kind.values[0], Layerwise) or len(budget.costs()) > 1
+        if issubclass(kind.values[0], Factorization)
+        or (kind.values[0].stage is Stage.SHAPE and len(budget.costs()) > 1)
     ],
 )
 
@@ -157,7 +183,8 @@ def changed(case: Ran) -> set[str]:
     before = {name: case.original.get_submodule(name) for name in layer_names(case.original)}
     gone = {name for name in before if name not in now}
     kept = {name: layer for name, layer in before.items() if name in now}
-    return gone | {n for n, m in kept.items() if type(now[n]) is not type(m) or len(now[n].weight) != len(m.weight)}
+    other = {n for n, m in kept.items() if type(now[n]) is not type(m) or len(now[n].weight) != len(m.weight)}
+    return gone | other  # a confined layer is of a class of its own, as PyTorch makes them
 
 
 def test_every_step_found_has_settings_to_be_tested_with():
@@ -184,7 +211,8 @@ def test_something_was_changed_and_every_layer_accounted_for(step, settings, net
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
     assert entry.edits
-    assert entry.after.total.params < entry.before.total.params
+    metric = "params" if step.stage is Stage.SHAPE else "bytes"
+    assert getattr(entry.after.total, metric) < getattr(entry.before.total, metric)
     assert changed(case) | set(entry.left) >= set(layer_names(case.original))
     assert not changed(case) & set(entry.left)
     assert all(entry.left.values()), "a layer that stays has a reason"
@@ -238,9 +266,14 @@ def test_costs_in_the_ledger_are_those_of_the_models(step, settings, network):
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
     for model, said in ((case.original, entry.before), (case.compressed.model, entry.after)):
-        assert said.total.params == sum(p.numel() for p in model.parameters())
-        kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        assert said.total.bytes == sum(t.numel() * t.element_size() for t in kept.values())
+        confined = [stored(module, tensor) for _, module, tensor in constrained_tensors(model)]
+        plain = [
+            (n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if ".parametrizations." not in n
+        ]
+        parameters = dict(model.named_parameters())
+        params = sum(t.numel() for n, t in plain if n in parameters) + sum(one.values for one in confined)
+        assert said.total.params == params
+        assert said.total.bytes == sum(t.nbytes for _, t in plain) + sum(one.bytes for one in confined)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:  # PyTorch's own
             copy.deepcopy(model).eval()(NETWORKS[network].data(1))
         assert 2 * said.total.macs == counter.get_total_flops()
@@ -372,7 +405,8 @@ def test_what_was_frozen_or_in_training_still_is(step, settings, network):
             assert made[name].training == module.training, name
     frozen = [name for name, p in case.original.named_parameters() if not p.requires_grad]
     assert frozen == ["last.bias" if network == "temporal" else "head.bias"]
-    now_frozen = {name for name, p in case.compressed.model.named_parameters() if not p.requires_grad}
+    scales = {name for name in dict(case.compressed.model.named_parameters()) if name.endswith(".scale")}
+    now_frozen = {name for name, p in case.compressed.model.named_parameters() if not p.requires_grad} - scales
     assert now_frozen <= {*frozen, "head.second.bias", "last.second.bias"}
     assert len(now_frozen) == 1
 
@@ -392,7 +426,8 @@ def test_type_and_device_stay(step, network, dtype, tmp_path):
     model = make(NETWORKS[network]).to(dtype)
     task = task_of(model, 16)
     compressed = fw.compress(model, step(**SETTINGS[step]["plain"]), task=task)
-    floating = [t for t in (*compressed.model.parameters(), *compressed.model.buffers()) if t.is_floating_point()]
+    held = (*compressed.model.named_parameters(), *compressed.model.named_buffers())
+    floating = [t for name, t in held if t.is_floating_point() and not name.endswith(".scale")]
     assert {t.dtype for t in floating} == {dtype}
     assert {t.device for t in floating} == {torch.device("cpu")}
     compressed.save(tmp_path / "small.fw")
