@@ -109,6 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
     parser.add_argument("--epochs", type=float, default=2, help="of training binary and ternary weights")
+    parser.add_argument("--bits", type=int, nargs="+", help="widths of the tables; 8, 4, 3 and 2 by default")
+    parser.add_argument("--samples", type=int, default=256, help="photographs to calibrate on")
     parser.add_argument("--images", type=int, default=1000, help="photographs to judge EfficientNet-Lite0 on")
     parser.add_argument(
         "--only", choices=("fashion", "efficientnet", "few"), help="one part, kept in a file of its own"
@@ -119,20 +121,20 @@ def main() -> None:
     if given.only in (None, "fashion"):
         network, task = fashion.load_network(), fw.Task(fashion.calibration(0)[0][:1], fashion.calibration(0))
         lines += ["## ResNet-14 on Fashion-MNIST", "", f"float32: {fashion.accuracy(network):.2f} % right.", ""]
-        lines += [*table(network, task, fashion.accuracy, (8, 4, 3, 2), {}), ""]
+        lines += [*table(network, task, fashion.accuracy, tuple(given.bits or (8, 4, 3, 2)), {}), ""]
         lines += ["Bits chosen by layer against the same bits everywhere, GPTQ:", ""]
         lines += [*mixed(network, task, fashion.accuracy, (4, 3, 2)), ""]
     if given.only in (None, "few"):
         lines += ["## Binary and ternary weights", "", *few_bits(given.epochs), ""]
     if given.only in (None, "efficientnet"):
         network = photographs.load_network()
-        images = photographs.photographs(256, seed=0)
+        images = photographs.photographs(given.samples, seed=0)
         task = fw.Task(images[:1], images.split(16))
         score = agreement(network, photographs.photographs(given.images, seed=100))
         lines += ["## EfficientNet-Lite0", "", f"Agreement with float32 on {given.images} photographs, per cent.", ""]
-        lines += [*table(network, task, score, (8, 4, 3), {"steps": 120, "batch": 16}), ""]
+        lines += [*table(network, task, score, tuple(given.bits or (8, 4, 3)), {"steps": 120, "batch": 16}), ""]
         lines += ["Bits chosen by layer against the same bits everywhere, GPTQ:", ""]
-        lines += [*mixed(network, task, score, (4, 3)), ""]
+        lines += [*mixed(network, task, score, (4, 3) if not given.bits else (4,)), ""]
     name = "weight_quantization" if given.only is None else f"weight_quantization_{given.only}"
     publish(name, __doc__ or "", lines, given.write)
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("factorize", "prune", "quantize"),  # the verb folders
     ("artifact", "export", "report"),
     ("compressed",),
-    ("inspection", "recipe"),
+    ("inspection", "recipe", "sensitivity"),
     ("__init__",),
     ("cli", "__main__"),
 )

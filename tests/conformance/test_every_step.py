@@ -128,8 +128,8 @@ every_budget = pytest.mark.parametrize(
         pytest.param(*kind.values, budget, id=f"{kind.id}-{budget}")
         for kind in KINDS
         for budget in BUDGETS
-        if issubclass(kind.values[0], Factorization)
-        or (kind.values[0].stage is Stage.SHAPE and len(budget.costs()) > 1)
+        if kind.values[0].stage is Stage.SHAPE
+        if issubclass(kind.values[0], Factorization) or len(budget.costs()) > 1
     ],
 )
 
@@ -267,9 +267,8 @@ def test_costs_in_the_ledger_are_those_of_the_models(step, settings, network):
     (entry,) = case.compressed.ledger.steps
     for model, said in ((case.original, entry.before), (case.compressed.model, entry.after)):
         confined = [stored(module, tensor) for _, module, tensor in constrained_tensors(model)]
-        plain = [
-            (n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if ".parametrizations." not in n
-        ]
+        held = (*model.named_parameters(), *model.named_buffers())
+        plain = [(name, t) for name, t in held if ".parametrizations." not in name]
         parameters = dict(model.named_parameters())
         params = sum(t.numel() for n, t in plain if n in parameters) + sum(one.values for one in confined)
         assert said.total.params == params
