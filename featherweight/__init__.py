@@ -17,6 +17,8 @@ from featherweight.search.budget import Budget as Budget
 from featherweight.search.greedy import Greedy as Greedy
 from featherweight.search.optimal import Optimal as Optimal
 from featherweight.search.options import Plan as Plan
+from featherweight.sensitivity import Sensitivity as Sensitivity
+from featherweight.sensitivity import sensitivity as sensitivity
 from featherweight.task import Task as Task
 from featherweight.train.fit import fit as fit
 

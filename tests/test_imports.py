@@ -26,7 +26,7 @@ LAYERS = (
     ("distill", "factorize", "prune", "quantize", "share", "tune"),  # the verb folders
     ("export", "report"),
     ("compressed", "packing"),
-    ("inspection", "recipe"),
+    ("inspection", "recipe", "sensitivity"),
     ("compact",),
     ("__init__",),
     ("cli", "__main__"),

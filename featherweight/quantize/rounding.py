@@ -172,7 +172,8 @@ class Rounding(Layerwise):
         of = self.known(layer, seen)
         values, scale, zero_point = self.fit(of, form, layer.weight.shape)
         values = values.reshape(layer.weight.shape)
-        if (self.epochs or self.epochs_per_layer) and not isinstance(form, Float):
+        trained = bool(self.epochs or self.epochs_per_layer)
+        if trained and not isinstance(form, Float):
             layout = form if isinstance(form, Grid) else Grid(2, axis=form.axis)
             wanted, size = of.weight.reshape(values.shape), layout.spread(scale, values.shape)
             values = latent(wanted, values, size, isinstance(form, Binary))
@@ -183,6 +184,8 @@ class Rounding(Layerwise):
             made.scale.copy_(scale)
             if zero_point is not None:
                 made.zero_point.copy_(zero_point)
+            if not trained:  # scales are rounded too
+                built.get_parameter("parametrizations.weight.original").copy_(built.weight)
             if built.bias is not None and layer.bias is not None and seen is not None and self.corrects_bias:
                 built.bias.copy_(corrected_bias(layer.weight, layer.bias, built.weight, seen))
         return built.state_dict()
@@ -222,6 +225,7 @@ class Rounding(Layerwise):
         shift = laid_out(zero_point, form, shape, of)
         # Of few values the best scale depends much on how they are rounded: both are found in turn.
         fitted = self.ranges == "mse" and form.axis == 0 and not form.group
+        best: tuple[Tensor, Tensor, Tensor] | None = None
         for _ in range(2 if fitted and form.bits <= 3 else 1):
             lattice = Lattice(laid_out(scale, form, shape, of), shift, form.low, form.high)
             plain = lattice.nearest(of.weight)
@@ -234,6 +238,12 @@ class Rounding(Layerwise):
             if fitted:
                 factor = rescaled(of.weight, found, of.gram)
                 found, scale = found * factor, scale * factor.flatten().float()
+            left = errors(of.weight, found, of.gram)
+            if best is not None:
+                better = left < best[0]
+                left, found = torch.where(better, left, best[0]), torch.where(better[..., None], found, best[1])
+                scale = torch.where(better.flatten(), scale, best[2])
+            best = left, found, scale
         return found, scale, zero_point
 
     def few(self, of: Matrix, form: Binary | Ternary, shape: torch.Size, rounds: int = 5) -> tuple[Tensor, Tensor]:
