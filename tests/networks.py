@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -168,18 +170,20 @@ def task_of(model: nn.Module, samples: int = 48, **fields: object) -> fw.Task:
     data = type(model).data(samples)
     if data.is_floating_point():
         data = data.to(next(model.parameters()).dtype)
+    if fields.get("train") is train:
+        fields["train"] = partial(train, data=type(model).data(8))
     return fw.Task(**{"example": data[:1], "calibration": data.split(16), **fields})
 
 
-def train(model: nn.Module, epochs: float, loss: object = None) -> None:
+def train(model: nn.Module, epochs: float, loss: object = None, data: Tensor | None = None) -> None:
     """A few plain steps towards smaller answers, with random numbers in it as every training has."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    data = type(model).data(8)
+    data = type(model).data(8) if data is None else data
     for _ in range(max(1, round(epochs))):
         optimizer.zero_grad()
         answer = model(data[torch.randperm(len(data))[:4]])
-        answer.square().mean().backward()
+        (loss(answer, None) if callable(loss) else answer.square().mean()).backward()
         optimizer.step()
 
 

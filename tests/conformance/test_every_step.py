@@ -20,18 +20,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featherweight as fw
 from featherweight import edits as editing
-from featherweight import factorize, prune
+from featherweight import factorize, prune, quantize
 from featherweight.batch import as_inputs
 from featherweight.cost.count import profile
 from featherweight.edits import Narrow, Replace
 from featherweight.errors import NoEffect
-from featherweight.graph import couple
+from featherweight.forms import constrained_tensors, constraints_on, stored
+from featherweight.graph import ModelGraph, couple
 from featherweight.layers import layer_names
 from featherweight.layerwise import Layerwise
 from featherweight.ledger import Ledger
 from featherweight.prune.structured import Structured
 from featherweight.recipe import every_step
-from featherweight.step import Step
+from featherweight.step import Stage, Step
 
 LAYERWISE: dict[str, dict[str, Any]] = {
     "optimal": {"budget": fw.Budget(macs=0.6)},
@@ -56,6 +57,12 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
     prune.Neurons: {"plain": {"ratio": 0.5}},
     prune.Blocks: {"plain": {"count": 1}, "optimal": {"budget": fw.Budget(params=0.95)}},
     prune.Heads: {name: STRUCTURED[name] for name in ("optimal", "plain")},
+    quantize.Static: {"plain": {}, "few bits": {"bits": {"*": 4}, "activation_bits": 5, "ranges": "percentile"}},
+    quantize.Dynamic: {"plain": {}},
+    quantize.QAT: {
+        "plain": {"bits": 4, "activation_bits": 4, "epochs": 2},
+        "zero points": {"learn": "lsq+", "distill": True, "epochs": 1, "target": "openvino"},
+    },
 }
 # The networks that each step is tested on: it finds something to change in all of them.
 MEETS: dict[type[Step], tuple[str, ...]] = {
@@ -66,7 +73,14 @@ MEETS: dict[type[Step], tuple[str, ...]] = {
     prune.Neurons: ("transformer",),
     prune.Blocks: ("stacked",),
     prune.Heads: ("attention",),
+    quantize.Static: ("residual", "transformer", "temporal"),
+    quantize.Dynamic: ("transformer",),
+    quantize.QAT: ("residual", "attention"),
 }
+# Steps that leave every layer as large as it was, and store it in fewer bits.
+SMALLER_NUMBERS = tuple(step for step in SETTINGS if step.stage is Stage.VALUES)
+# Of the first of them, those that keep the model as its graph, in which a folded batch norm is no more.
+AS_GRAPHS = (quantize.Static, quantize.Dynamic, quantize.QAT)
 # But not in these settings.
 NOTHING_IN = {(factorize.SpatialSVD, "the other axis", "temporal")}
 
@@ -157,7 +171,11 @@ def changed(case: Ran) -> set[str]:
     before = {name: case.original.get_submodule(name) for name in layer_names(case.original)}
     gone = {name for name in before if name not in now}
     kept = {name: layer for name, layer in before.items() if name in now}
-    return gone | {n for n, m in kept.items() if type(now[n]) is not type(m) or len(now[n].weight) != len(m.weight)}
+    confined = {n for n in kept if constraints_on(now[n])}
+    if isinstance(case.compressed.model, ModelGraph):  # which has no layers, only what they hold
+        return confined
+    other = {n for n, m in kept.items() if type(now[n]) is not type(m) or len(now[n].weight) != len(m.weight)}
+    return gone | confined | other
 
 
 def test_every_step_found_has_settings_to_be_tested_with():
@@ -184,7 +202,10 @@ def test_something_was_changed_and_every_layer_accounted_for(step, settings, net
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
     assert entry.edits
-    assert entry.after.total.params < entry.before.total.params
+    if step in SMALLER_NUMBERS:
+        assert entry.after.total.bytes < entry.before.total.bytes
+    else:
+        assert entry.after.total.params < entry.before.total.params
     assert changed(case) | set(entry.left) >= set(layer_names(case.original))
     assert not changed(case) & set(entry.left)
     assert all(entry.left.values()), "a layer that stays has a reason"
@@ -238,15 +259,23 @@ def test_costs_in_the_ledger_are_those_of_the_models(step, settings, network):
     case = ran(step, settings, network)
     (entry,) = case.compressed.ledger.steps
     for model, said in ((case.original, entry.before), (case.compressed.model, entry.after)):
-        assert said.total.params == sum(p.numel() for p in model.parameters())
-        kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        assert said.total.bytes == sum(t.numel() * t.element_size() for t in kept.values())
+        confined = [(m.parametrizations[t], stored(m, t)) for _, m, t in constrained_tensors(model)]
+        inside = {id(t) for stack, _ in confined for t in (*stack.parameters(), *stack.buffers())}
+        kept = {
+            id(t): t for t in (*model.parameters(), *model.state_dict(keep_vars=True).values()) if id(t) not in inside
+        }
+        plain = [t for t in kept.values() if isinstance(t, nn.Parameter)]
+        assert said.total.params == sum(p.numel() for p in plain) + sum(taken.values for _, taken in confined)
+        held = sum(t.numel() * t.element_size() for t in kept.values()) + sum(taken.bytes for _, taken in confined)
+        assert said.total.bytes == held
         with torch.no_grad(), FlopCounterMode(display=False) as counter:  # PyTorch's own
             copy.deepcopy(model).eval()(NETWORKS[network].data(1))
         assert 2 * said.total.macs == counter.get_total_flops()
         assert sum(row.params for row in said.layers.values()) == said.total.params
     inside = tuple(f"{edit['layer']}." for edit in entry.edits if "layer" in edit)  # of a block that went as a whole
-    assert {name for name in entry.before.layers if not name.startswith(inside)} <= set(entry.after.layers)
+    kinds = {name: row.kind for name, row in entry.before.layers.items() if not name.startswith(inside)}
+    left = {name for name, kind in kinds.items() if not (step in AS_GRAPHS and kind.startswith("BatchNorm"))}
+    assert left <= set(entry.after.layers)
 
 
 @every_layerwise_case
@@ -373,8 +402,9 @@ def test_what_was_frozen_or_in_training_still_is(step, settings, network):
     frozen = [name for name, p in case.original.named_parameters() if not p.requires_grad]
     assert frozen == ["last.bias" if network == "temporal" else "head.bias"]
     now_frozen = {name for name, p in case.compressed.model.named_parameters() if not p.requires_grad}
-    assert now_frozen <= {*frozen, "head.second.bias", "last.second.bias"}
-    assert len(now_frozen) == 1
+    grids = {n for n in now_frozen if n.endswith((".scale", ".zero_point"))}  # which nothing is to learn by itself
+    assert now_frozen - grids <= {*frozen, "head.second.bias", "last.second.bias"}
+    assert len(now_frozen - grids) == 1
 
 
 @every_kind
@@ -393,7 +423,9 @@ def test_type_and_device_stay(step, network, dtype, tmp_path):
     task = task_of(model, 16)
     compressed = fw.compress(model, step(**SETTINGS[step]["plain"]), task=task)
     floating = [t for t in (*compressed.model.parameters(), *compressed.model.buffers()) if t.is_floating_point()]
-    assert {t.dtype for t in floating} == {dtype}
+    names = (*compressed.model.named_parameters(), *compressed.model.named_buffers())
+    grids = {id(t) for name, t in names if name.endswith((".scale", ".zero_point"))}  # exact whatever the model's type
+    assert {t.dtype for t in floating if id(t) not in grids} == {dtype}
     assert {t.device for t in floating} == {torch.device("cpu")}
     compressed.save(tmp_path / "small.fw")
     loaded = fw.load(tmp_path / "small.fw", into=make(NETWORKS[network], seed=1).to(dtype))
