@@ -110,8 +110,6 @@ def make(name: str) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # a plain mean
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
     with torch.no_grad():
         for batch in images(16, seed=1).split(8):
             network(batch)

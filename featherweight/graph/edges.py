@@ -76,7 +76,7 @@ def put_on_edges(
             behind = behind.next
         with graph.graph.inserting_after(behind):
             made = graph.graph.call_module(target, (node,))
-        made.meta = dict(node.meta)
+        made.meta = {key: value for key, value in node.meta.items() if key != "trains"}
         for reader in reading:
             reader.replace_input_with(node, made)
     graph.recompile()

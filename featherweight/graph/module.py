@@ -157,7 +157,7 @@ def _spell_out(node: fx.Node) -> None:
 
     def call(target: Any, *args: Any) -> fx.Node:
         made = graph.call_function(target, args)
-        made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        made.meta = {k: v for k, v in node.meta.items() if k not in ("val", "trains")}
         with quiet(), torch.no_grad():
             made.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
         return made

@@ -36,9 +36,9 @@ class Activations(Step):
     Attributes:
         bits: of the weights, 2 to 8 or 16: for all layers, or by pattern of their names.
         target: the runtime that it is made for, one of `TARGETS`: it decides where numbers are rounded, and how.
-        headroom: whether weights leave one of their 8 bits unused, so that the sum of two products fits into 16 bits;
-            None for where the target is one that would overflow and this machine's processor lacks the instructions
-            that would not. A file made with it serves everywhere.
+        headroom: whether weights of 8 bits get 7, so that the sum of two products fits into 16 bits; None for where the
+            target is one that would overflow and this machine's processor lacks the instructions that would not. A
+            file made with it serves everywhere.
         ignore: patterns of layers and operations to leave alone.
     """
 
@@ -137,12 +137,14 @@ class Activations(Step):
             if held:
                 study.notes.append(f"{layer} keeps the weights that an earlier step has put on a grid")
                 continue
-            bits = for_layer(self.bits, layer, default=8)
+            asked = for_layer(self.bits, layer, default=8)
+            bits = 7 if asked == 8 and self.has_headroom() else asked
             weight = getattr(holder, leaf).detach()
             grid = Grid(bits, axis=axis if target.per_channel else None, tensor=leaf)
             bias = getattr(holder, "bias", None)
             made = grid.build(holder)
-            scale, _ = scale_of(weight, grid, by, seven=bits == 8 and self.has_headroom())
+            rows = grid.rows(weight)
+            scale, _ = least_error(rows, grid, steps=20) if by == "mse" and bits <= 8 else min_max(rows, grid)
             if name in scales and isinstance(bias, Tensor) and bias.shape == scale.shape:
                 # The bias becomes a whole number of 32 bits, in steps of the two scales' product.
                 least = bias.detach().abs().float() / (2.0**30 * scales[name].to(scale))
@@ -150,6 +152,10 @@ class Activations(Step):
             (_gridded(made, leaf)).scale.data.copy_(scale)
             yield Constrain(path, grid, made.state_dict())
             choices[layer] = Choice(Point(f"{bits} bits", bits / (8 * weight.element_size())))
+        if self.has_headroom() and any(choice.chosen.setting == "7 bits" for choice in choices.values()):
+            study.notes.append(
+                f"weights have 7 bits, for sums of two products to fit into 16 on processors such as {processor()}"
+            )
         study.findings["choices"] = choices
         study.findings["metric"] = "bytes"
 
@@ -244,13 +250,6 @@ def scales_read(graph: ModelGraph, placement: Placement) -> dict[str, Tensor]:
             if isinstance(module, Rounded) and not module.form.dynamic:
                 found[str(weight)] = module.scale.detach()
     return found
-
-
-def scale_of(weight: Tensor, grid: Grid, by: str, seven: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zero points for a weight; with `seven`, such that 7 of its 8 bits hold every value."""
-    used = replace(grid, bits=7) if seven else grid
-    rows = used.rows(weight)
-    return least_error(rows, used) if by == "mse" and grid.bits <= 8 else min_max(rows, used)
 
 
 def check_folded(study: Study, before: nn.Module) -> None:

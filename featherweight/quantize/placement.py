@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from featherweight.graph import ModelGraph, value_names, weight_of
 from featherweight.graph.rules import operation_of
 from featherweight.graph.rules.call import arguments, read_by
+from featherweight.graph.trace import module_of
 from featherweight.quantize.targets import CLIPS, Target
 
 # Operations that move numbers about, or choose among them, and make no new ones.
@@ -27,6 +28,7 @@ MOVING = frozenset((
     "reflection_pad2d", "replication_pad1d", "replication_pad2d",
 ))  # fmt: skip
 PRODUCTS = ("matmul", "bmm", "mm")
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @dataclass
@@ -87,6 +89,9 @@ class _Placing:
         self.names = value_names(graph)
         self.norms = {node for node, name in self.names.items() if name in set(norms)}
         self.left: dict[str, str] = {}
+        for node in graph.graph.nodes:
+            if operation_of_any(node) in RECURRENT:
+                self.left[module_of(node) or node.name] = f"there is no integer kernel for {operation_of(node)}"
         self.layers = {node for node in self.names if self._is_layer(node, refused)}
         self.between = {n for n in self.names if n.op == "call_function" and operation_of(n) in target.between}
         self.between = {n for n in self.between if refused(self.names[n]) is None and not _odd(n)}
@@ -116,8 +121,8 @@ class _Placing:
             return False
         operation, name = operation_of(node), self.names[node]
         kind = operation in PRODUCTS or (operation != "batch_norm" and weight_of(node) is not None)
-        if operation in ("lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention"):
-            self.left[name] = f"{operation} has no integer kernel that its parts could be given to"
+        if operation == "scaled_dot_product_attention":
+            self.left[name] = "causal or grouped attention, and attention that drops out, is not taken apart"
             return False
         if not kind and operation not in self.target.layers:
             return False
@@ -128,7 +133,7 @@ class _Placing:
             reason = self._weight_reason(node)
         if reason is None and not node.meta["val"].is_floating_point():
             reason = f"its numbers are {str(node.meta['val'].dtype).removeprefix('torch.')}"
-        if reason is None and any(read_by(operand) is not None for operand in _operands(node)):
+        if reason is None and operation in PRODUCTS and any(read_by(operand) is not None for operand in node.args[:2]):
             reason = "one of its operands is a tensor that the model keeps"
         if reason is not None:
             self.left[name] = reason

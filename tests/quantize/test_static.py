@@ -1,0 +1,413 @@
+"""Static, dynamic and trained quantization as a user meets them, the files in their runtimes included."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import Residual, Transformer, make, task_of, train
+from torch import Tensor, nn
+
+import featherweight as fw
+from featherweight import quantize
+from featherweight.errors import ExportError, RecipeError, TaskError
+from featherweight.export import fused
+from featherweight.export.onnx import OnnxModel
+from featherweight.export.openvino import OpenVINOModel
+from featherweight.forms import Gridded, Rounded
+from featherweight.graph import ModelGraph
+
+
+class Wide(nn.Module):
+    """ReLU6, depthwise, concatenation, a shared layer, a max pool and two inputs: → (samples, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.shared = nn.Conv2d(8, 8, 1)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        x = nn.functional.relu6(self.norm(self.stem(x + shift)))
+        x = self.pool(nn.functional.relu6(self.depth(x)))
+        x = torch.relu(self.shared(torch.relu(self.shared(x))))
+        return self.head(torch.cat([x, x * 1], 1).mean((2, 3)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def noise_db(given: Tensor, right: Tensor) -> float:
+    return float(10 * torch.log10(right.square().sum() / (given - right).square().sum().clamp(min=1e-30)))
+
+
+def run(model: nn.Module, *inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(*inputs)
+
+
+@cache
+def residual(**settings: object) -> tuple[nn.Module, fw.Compressed]:
+    model = make(Residual)
+    return model, fw.compress(model, quantize.Static(**settings), task=task_of(model))
+
+
+def test_eight_bits_are_near_the_original_and_fewer_are_further_off():
+    x, ratios = Residual.data(64), []
+    for bits in (8, 6, 4):
+        model, small = residual(bits=bits, activation_bits=bits)
+        ratios.append(noise_db(run(small.model, x), run(model, x)))
+    assert ratios[0] > 35
+    # Every bit is worth about 6 dB.
+    assert 16 < ratios[0] - ratios[2] < 32
+    assert ratios[0] > ratios[1] > ratios[2]
+
+
+def test_sixteen_bits_are_as_good_as_float32():
+    model, small = residual(bits=16, activation_bits=16)
+    x = Residual.data(16)
+    assert noise_db(run(small.model, x), run(model, x)) > 75
+
+
+@pytest.mark.parametrize("ranges", ["min-max", "average", "percentile", "entropy"])
+def test_every_way_of_finding_ranges_works(ranges):
+    model, small = residual(ranges=ranges, weight_ranges="min-max")
+    x = Residual.data(32)
+    assert noise_db(run(small.model, x), run(model, x)) > 20
+
+
+def test_settings_by_pattern_reach_their_layers_and_edges():
+    _, small = residual.__wrapped__(bits={"head": 4, "*": 6}, activation_bits={"x": 7}, ignore=("down",))
+    bits = {n: m.form.bits for n, m in small.model.named_modules() if isinstance(m, Gridded | Rounded)}
+    assert bits["head.parametrizations.weight.0"] == 4
+    assert bits["stem.parametrizations.weight.0"] == 6
+    assert bits["quantizers.x"] == 7
+    assert bits["quantizers.relu"] == 8
+    assert small.ledger.steps[0].left == {"down": "ignored, as asked"}
+
+
+def test_a_pattern_that_matches_nothing_is_said():
+    _, small = residual.__wrapped__(bits={"haed": 4})
+    assert any("'haed' matches none" in note for note in small.ledger.steps[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (quantize.Static(bits=9), "bits is 9: it can be 2 to 8, or 16"),
+        (quantize.Static(activation_bits={"x": 1}), "activation_bits is 1"),
+        (quantize.Static(samples=0), "samples must be at least 1"),
+        (quantize.Static(target="tpu"), "target is 'tpu'"),
+        (quantize.Static(ranges="max"), "ranges is 'max'"),
+        (quantize.QAT(), r"needs Task\(train=...\)"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_any_work(step, message):
+    model = make(Residual)
+    with pytest.raises(RecipeError, match=message):
+        fw.compress(model, step, task=task_of(model))
+
+
+def test_an_unknown_target_is_told_which_there_are():
+    with pytest.raises(ValueError, match="no target 'openvno'; did you mean 'openvino'"):
+        quantize.target("openvno")
+
+
+def test_one_sample_is_enough_and_said_to_be_few():
+    model = make(Residual)
+    x = Residual.data(1)
+    small = fw.compress(model, quantize.Static(), task=fw.Task(x, calibration=[x]))
+    assert "the ranges are those of 1 sample: give about 200" in small.ledger.steps[0].notes
+    small = fw.compress(model, quantize.Static(), task=fw.Task(x))
+    assert "the ranges are those of the example: give calibration data" in small.ledger.steps[0].notes
+
+
+def test_channels_that_are_zero_or_constant_stay_what_they_are(tmp_path):
+    model = make(Residual)
+    with torch.no_grad():
+        model.one.weight[2] = 0
+        model.one.weight[3] = 1e-30
+        model.one_norm.bias[2] = 5.0
+        model.stem.weight.zero_()
+        model.stem_norm.running_mean.zero_()
+    small = fw.compress(model, quantize.Static(), task=task_of(model))
+    x = Residual.data(8)
+    assert noise_db(run(small.model, x), run(model, x)) > 25
+    check = small.export("onnx", tmp_path / "m.onnx")
+    assert min(check.signal_to_noise_db) > 40
+
+
+class Odd(nn.Module):
+    """Attention with a mask of infinities, and a branch that no sample takes part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward, self.spare = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inward(x)
+        wild = torch.where(y > -1e9, y, y) / (x.abs() * 0)  # infinite
+        return self.outward(y) + 0 * self.spare(wild).nan_to_num(0, 0, 0) + self.spare(y[:0]).sum(0)
+
+
+def test_infinite_activations_and_unseen_ranges_are_left_with_the_reason():
+    model = Odd().eval()
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    small = fw.compress(model, quantize.Static(), task=fw.Task(x, calibration=[x]))
+    left = small.ledger.steps[0].left
+    assert any("infinite or NaN on the calibration data" in reason for reason in left.values())
+    assert any(reason == "no calibration sample reached it" for reason in left.values())
+    assert noise_db(run(small.model, x), run(model, x)) > 25
+
+
+def test_weights_of_an_earlier_step_keep_their_grid():
+    model = make(Residual)
+    steps = (quantize.Weights(bits=4, effort="nearest"), quantize.Static())
+    small = fw.compress(model, *steps, task=task_of(model))
+    grids = {m.form.bits for m in small.model.modules() if isinstance(m, Gridded)}
+    assert grids == {4}
+    assert isinstance(small.model, ModelGraph)
+    assert any("keeps the weights that an earlier step" in note for note in small.ledger.steps[1].notes)
+
+
+# In the runtimes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[fw.Compressed, Path]:
+    """The residual network at 8 bits, as an ONNX and as an OpenVINO file."""
+    _, small = residual()
+    folder = tmp_path_factory.mktemp("exported")
+    small.export("onnx", folder / "m.onnx", [Residual.data(64)])
+    small.export("openvino", folder / "m.xml", [Residual.data(64)])
+    return small, folder
+
+
+def test_files_answer_as_the_simulation_does_for_any_batch(exported):
+    small, folder = exported
+    x = Residual.data(256)
+    simulated = run(small.model, x)
+    for model in (OnnxModel(folder / "m.onnx"), OpenVINOModel(folder / "m.xml")):
+        given = run(model, x)
+        assert noise_db(given, simulated) > 40
+        assert float((given.argmax(1) == simulated.argmax(1)).double().mean()) >= 0.995
+
+
+def test_every_layer_runs_on_whole_numbers(exported):
+    _, folder = exported
+    kernels = fused.in_onnxruntime(folder / "m.onnx")
+    assert (kernels.integer, kernels.float) == (5, 0), str(kernels)
+    kernels = fused.in_openvino(OpenVINOModel(folder / "m.xml"))
+    assert (kernels.integer, kernels.float) == (5, 0), str(kernels)
+
+
+def test_weights_are_in_the_file_as_bytes_with_a_scale_for_every_output(exported):
+    _, folder = exported
+    graph = onnx.load(folder / "m.onnx").graph
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    weights = {n: t for n, t in tensors.items() if n.endswith("weight_quantized")}
+    assert {t.dtype for t in weights.values()} == {np.dtype(np.int8)}
+    assert len(weights) == 5
+    assert not any(t.dtype == np.float32 and t.size > 64 for t in tensors.values()), "no weight in float32 beside them"
+    kinds = {node.op_type for node in graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear", "GlobalAveragePool"} <= kinds
+    assert not kinds & {"Relu", "BatchNormalization", "ReduceMean"}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-x86", "openvino"])
+def test_relu6_depthwise_shared_layers_and_two_inputs(target, tmp_path):
+    model = make(Wide)
+    x, shift = Wide.data(32), torch.randn(32, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+    task = fw.Task((x[:2], shift[:2]), calibration=[(x, shift)])
+    small = fw.compress(model, quantize.Static(target=target), task=task)
+    assert noise_db(run(small.model, x, shift), run(model, x, shift)) > 25
+    for format, name in (("onnx", "m.onnx"), ("openvino", "m.xml")):
+        check = small.export(format, tmp_path / name, [(x, shift)])
+        assert min(check.signal_to_noise_db) > 35, format
+    if target == "onnxruntime-x86":
+        kernels = fused.in_onnxruntime(tmp_path / "m.onnx")
+        assert kernels.float == 0, str(kernels)
+
+
+def test_products_of_attention_run_on_whole_numbers(tmp_path):
+    model = make(Transformer)
+    small = fw.compress(model, quantize.Static(), task=task_of(model))
+    assert min(small.export("onnx", tmp_path / "m.onnx").signal_to_noise_db) > 40
+    kernels = fused.in_onnxruntime(tmp_path / "m.onnx")
+    assert (kernels.integer, kernels.float) == (8, 0), str(kernels)
+
+
+def test_dynamic_ranges_fuse_with_their_products(tmp_path):
+    model = make(Transformer)
+    small = fw.compress(model, quantize.Dynamic(), task=fw.Task(Transformer.data(2)))
+    x = Transformer.data(32)
+    assert noise_db(run(small.model, x), run(model, x)) > 30
+    assert min(small.export("onnx", tmp_path / "m.onnx").signal_to_noise_db) > 40
+    kernels = fused.in_onnxruntime(tmp_path / "m.onnx")
+    assert kernels.integer == 6, str(kernels)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_few_bits_take_few_bits_in_the_file_and_mean_the_same(bits, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 64)).eval()
+    x = torch.randn(8, 16, 5, 5)
+    small = fw.compress(model, quantize.Static(bits=bits), task=fw.Task(x[:2], calibration=[x]))
+    for format, name in (("onnx", "m.onnx"), ("openvino", "m.xml")):
+        check = small.export(format, tmp_path / name, [x])
+        assert min(check.signal_to_noise_db) > 40
+        assert any("stored as tables" in note for note in check.notes) == (bits < 4)
+    size = (tmp_path / "m.onnx").stat().st_size
+    stored_bits = 8 if bits > 4 else bits
+    weights = 64 * 16 * 9 + 576 * 64
+    assert weights * stored_bits / 8 < size < weights * stored_bits / 8 + 9_000
+
+
+def test_four_bit_weights_alone_become_blocks_that_onnxruntime_multiplies(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    x = torch.randn(8, 128)
+    small = fw.compress(model, quantize.Weights(bits=4, group=32, effort="nearest"), task=fw.Task(x[:2]))
+    check = small.export("onnx", tmp_path / "m.onnx", [x])
+    assert check.difference < 1e-3
+    assert [n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node].count("MatMulNBits") == 2
+    assert small.export("openvino", tmp_path / "m.xml", [x]).difference < 1e-3
+
+
+def test_an_opset_without_the_types_is_refused(tmp_path):
+    _, small = residual(bits=4, activation_bits=4)
+    with pytest.raises(ExportError, match=r"opset 18 has no whole numbers of 4 and 16 bits.*21 or more"):
+        small.export("onnx", tmp_path / "m.onnx", opset=18)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_half_precision_halves_a_file_and_is_refused_for_rounded_activations(tmp_path):
+    model = make(Transformer)
+    plain = fw.compress(model, quantize.Weights(bits=8), task=fw.Task(Transformer.data(2)))
+    check = plain.export("onnx", tmp_path / "half.onnx", half=True)
+    assert check.difference < 1e-2
+    assert {t.data_type for t in onnx.load(tmp_path / "half.onnx").graph.initializer} <= {
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.INT64,
+    }
+    with pytest.raises(ExportError, match="too coarse"):
+        residual()[1].export("onnx", tmp_path / "m.onnx", half=True)
+
+
+def test_a_missing_runtime_is_said_with_its_extra(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
+    _, small = residual()
+    with pytest.raises(ExportError, match=r"pip install 'featherweight\[openvino\]'"):
+        small.export("openvino", tmp_path / "m.xml")
+
+
+def test_openvino_files_have_their_ending(tmp_path):
+    _, small = residual()
+    with pytest.raises(ExportError, match=r"end in .xml and .bin: name the first, such as model.xml"):
+        small.export("openvino", tmp_path / "model.ov")
+
+
+def test_verify_says_what_every_file_is_worth(tmp_path):
+    model, small = residual.__wrapped__()
+    checks = small.verify(model, tmp_path, repeats=3)
+    assert [check.runtime for check in checks] == ["onnxruntime", "openvino"]
+    for check in checks:
+        assert (check.integer_operations, check.operations) == (5, 5)
+        assert check.latency_ms > 0
+        assert check.float32_ms > 0
+        slower = check.latency_ms >= check.float32_ms
+        assert any("not faster" in note for note in check.notes) == slower or check.bfloat16_ms is not None
+    assert small.ledger.checks == checks
+    small.report(tmp_path / "report.md")
+    assert "5 of 5" in (tmp_path / "report.md").read_text()
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learn", ["lsq", "lsq+", "pact", "nothing"])
+def test_training_learns_what_is_asked_and_exports_what_was_trained(learn, tmp_path):
+    model = make(Residual)
+    task = task_of(model, train=train)
+    begun = fw.compress(model, quantize.QAT(bits=4, activation_bits=4, epochs=1, learn="nothing"), task=task)
+    step = quantize.QAT(bits=4, activation_bits=4, epochs=4, learn=learn)
+    small = fw.compress(model, step, task=task)
+    scales = [{n: p for n, p in m.model.named_parameters() if n.endswith(".scale")} for m in (begun, small)]
+    edges = [n for n in scales[0] if n.startswith("quantizers")]
+    moved = [n for n in edges if not torch.equal(scales[0][n], scales[1][n])]
+    assert bool(moved) == (learn != "nothing")
+    assert not any(p.requires_grad for p in scales[1].values())
+    zero_points = [m.zero_point for m in small.model.modules() if isinstance(m, Rounded)]
+    assert all(float(z) == round(float(z)) for z in zero_points)
+    assert not [n for n in small.model.state_dict() if "running" in n], "batch norms are folded afterwards"
+    assert min(small.export("onnx", tmp_path / "m.onnx", [Residual.data(64)]).signal_to_noise_db) > 25
+
+
+def test_training_with_the_original_as_teacher_comes_nearer_to_it():
+    model = make(Residual)
+    data = Residual.data(64)
+
+    def train(model: nn.Module, epochs: float, loss: object = None) -> None:
+        model.train()
+        assert loss is not None
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
+        for _ in range(round(epochs)):
+            optimizer.zero_grad()
+            loss(model(data), None).backward()
+            optimizer.step()
+
+    task = fw.Task(data[:1], calibration=data.split(16), train=train)
+    settings = {"bits": 3, "activation_bits": 3}
+    static = fw.compress(model, quantize.Static(**settings), task=task)
+    trained = fw.compress(model, quantize.QAT(**settings, epochs=40, distill=True), task=task)
+    right = run(model, data).log_softmax(-1)
+
+    def divergence(small: fw.Compressed) -> float:
+        return float(nn.functional.kl_div(run(small.model, data).log_softmax(-1), right, log_target=True))
+
+    assert divergence(trained) < 0.5 * divergence(static)
+
+
+def test_a_train_without_a_loss_cannot_distil():
+    model = make(Residual)
+    task = task_of(model, train=lambda model, epochs: None)
+    with pytest.raises(TaskError, match=r"distillation calls train\(model, epochs, loss=...\)"):
+        fw.compress(model, quantize.QAT(distill=True), task=task)
+
+
+def test_training_that_diverges_is_said():
+    def ruin(model: nn.Module, epochs: float) -> None:
+        for name, p in model.named_parameters():
+            if name.endswith("quantizers.relu.scale"):
+                p.data.neg_()
+
+    model = make(Residual)
+    with pytest.raises(TaskError, match="not positive: lower its learning rate"):
+        fw.compress(model, quantize.QAT(), task=task_of(model, train=ruin))
+
+
+def test_a_folded_trained_network_answers_as_while_it_was_trained():
+    model = make(Residual)
+    held = {}
+
+    def watch(model: nn.Module, epochs: float) -> None:
+        train(model, epochs, data=Residual.data(8))
+        held["model"] = copy.deepcopy(model).eval()
+
+    task = task_of(model, train=watch)
+    small = fw.compress(model, quantize.QAT(bits=4, activation_bits=4, epochs=3), task=task)
+    x = Residual.data(64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert noise_db(run(small.model, x), run(held["model"], x)) > 40
