@@ -1,11 +1,13 @@
 """A network as a graph: which slices of which tensors go together, and the narrowing itself."""
 
+from featherweight.graph.behind import Behind, behind
 from featherweight.graph.coupling import Coupling, Group, Site, couple
 from featherweight.graph.narrow import Narrowed, Narrowing, narrow
 from featherweight.graph.optimizer import narrow_optimizer
 from featherweight.graph.trace import GraphError, Trace, capture
 
 __all__ = [
+    "Behind",
     "Coupling",
     "GraphError",
     "Group",
@@ -13,6 +15,7 @@ __all__ = [
     "Narrowing",
     "Site",
     "Trace",
+    "behind",
     "capture",
     "couple",
     "narrow",

@@ -20,17 +20,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
-from featherweight.curvature.gram import Statistics, gather_paired, my_share
+from featherweight.curvature import rectified
+from featherweight.curvature.gram import ROWS_NUMBERS, Statistics, gather_paired, my_share, paired_rows
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.curvature.selection import Consumer, greedy_elimination, lasso, reconstruct
 from featherweight.curvature.solve import damp, least_squares
 from featherweight.edits import Edit, Leave, Narrow
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Layer, is_layer
-from featherweight.graph import Group, Site, couple, narrow
+from featherweight.graph import Behind, Group, Site, behind, couple, narrow
 from featherweight.layers import PerLayer, for_layer, matches, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
@@ -40,19 +42,23 @@ from featherweight.prune.units import bills, columns, members, reader, slices
 from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import rounded_up
-from featherweight.search.widths import Bill, Curve, alike, least_loss, nearest
+from featherweight.search.widths import Bill, Curve, alike, between, least_loss, nearest
 from featherweight.snapshot import of_profile
 from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task
 
 SCORES = ("loss", "lasso", "l1", "l2", "random", "batch_norm", "geometric_median", "activation")
-SELECTORS = {"optimal": least_loss, "uniform": alike}
+SELECTORS = {"optimal": least_loss, "between": between, "uniform": alike}
 METRICS = ("macs", "params", "bytes")
 # Of the mean diagonal of Gram matrices, towards what is there: there are few samples for so many unknowns.
 RIDGE = 1e-3
 # Of the mean gradient covariance: outputs whose gradient is small on the calibration data still matter elsewhere.
 GRADIENT_DAMPING = 1e-2
+# Of the largest scale of a batch norm: below this, an output can hardly be moved by the weights in front of the norm.
+LEAST_SCALE = 1e-3
+# Inputs of a layer that have to fit into memory, as a multiple of their width, for it to be fitted through a rectifier.
+FEWEST_ROWS = 24
 # How often the estimate of a narrowed network's cost is corrected by its true cost.
 CORRECTIONS = 6
 # How much of a limit may stay unused.
@@ -79,7 +85,9 @@ class Structured(Step):
             unit are refitted (needs calibration data; ``"l2"`` is used without); ``"lasso"``, gates under an L1
             penalty; ``"l1"``, ``"l2"``, ``"random"``, ``"batch_norm"`` (its scales), ``"geometric_median"``, or
             ``"activation"`` (root mean square of what the unit gives).
-        select: ``"optimal"``, least predicted loss over all groups, or ``"uniform"``, the same share of every group.
+        select: how a budget is spread over the groups: ``"optimal"``, least predicted loss over all of them;
+            ``"uniform"``, the same share of every one; ``"between"``, halfway; or ``"measured"``, whichever of these
+            moves the answers on the calibration data least once the layers are refitted (``"optimal"`` without data).
         reconstruct: refit the layers that read narrowed inputs, by least squares, to the original's answers; None for
             wherever there is calibration data.
         ignore: patterns of layers to leave alone: no layer that matches loses an output.
@@ -95,7 +103,7 @@ class Structured(Step):
     budget: Budget | None = None
     ratio: PerLayer[float] | None = None
     score: str = "loss"
-    select: str = "optimal"
+    select: str = "measured"
     reconstruct: bool | None = None
     ignore: tuple[str, ...] = ()
     multiple_of: PerLayer[int] = 1
@@ -136,8 +144,8 @@ class Structured(Step):
                     found.append(f"{name} is {number}: it must be at least 1")
         if self.score not in SCORES:
             found.append(f"score is {self.score!r}: use {', '.join(SCORES)}")
-        if self.select not in SELECTORS:
-            found.append(f"select is {self.select!r}: use {' or '.join(SELECTORS)}")
+        if self.select not in (*SELECTORS, "measured"):
+            found.append(f"select is {self.select!r}: use measured, {', '.join(SELECTORS)}")
         needs = [n for n, on in (("reconstruct", self.reconstruct), (f"score={self.score!r}", self._by_data)) if on]
         if needs and not task.has_calibration:
             found.append(f"{needs[0]} needs calibration data: give Task(calibration=...)")
@@ -324,7 +332,7 @@ class _Work:
         """The units that stay, of the groups that lose some."""
         step = self.step
         if step.budget is not None:
-            widths = self._within(step.budget.limits(_metrics(self.study.start)))
+            widths = self._budgeted(step.budget.limits(_metrics(self.study.start)))
         else:
             widths = {group.name: group.size for group in self.groups}
             for group in self.groups:
@@ -336,12 +344,41 @@ class _Work:
     def _narrowed(self, widths: Mapping[str, int]) -> list[Group]:
         return [group for group in self.groups if widths[group.name] < group.size]
 
-    def _within(self, limits: Mapping[str, float]) -> dict[str, int]:
+    def _budgeted(self, limits: Mapping[str, float]) -> dict[str, int]:
+        """Widths under the limits: by the selector asked for, or of several the one that is measured to lose least.
+
+        What groups lose is predicted one by one, and does not add up when the layers behind make good for all of them
+        together; how far to trust the differences between groups is therefore tried out.
+        """
+        if self.step.select != "measured":
+            return self._within(limits, self.step.select)
+        tried: dict[str, dict[str, int]] = {}
+        for name in SELECTORS:
+            if (widths := self._within(limits, name)) not in tried.values():
+                tried[name] = widths
+        if len(tried) == 1 or not self.study.task.has_calibration or not self.readers:
+            return next(iter(tried.values()))
+        lost = {name: self._measured(tried[name]) for name in track(list(tried), "trying out widths")}
+        best = min(lost, key=lambda name: lost[name])
+        said = ", ".join(f"{name} {loss:.3g}" for name, loss in lost.items())
+        self.study.notes.append(f"widths were chosen by measured divergence: {said}")
+        return tried[best]
+
+    def _measured(self, widths: Mapping[str, int]) -> float:
+        """How far the answers are from the original's with these widths, the layers refitted."""
+        kept = {group.name: self._kept(group, widths[group.name]) for group in self._narrowed(widths)}
+        trial = narrow(self.study.original, self.coupling, kept, check=False).module
+        notes = list(self.study.notes)
+        self.mend(trial, kept)
+        self.study.notes[:] = notes
+        return Divergence(self.study.original, self.study.task, self.step.samples)(trial)
+
+    def _within(self, limits: Mapping[str, float], select: str) -> dict[str, int]:
         """Widths under the limits, chosen by an estimate of what they cost, which is corrected by what they do cost."""
         aims, best, least = dict(limits), None, 0.0
         for _ in range(CORRECTIONS):
             try:
-                widths = SELECTORS[self.step.select](self.curves, self.bills(aims))
+                widths = SELECTORS[select](self.curves, self.bills(aims))
             except BudgetError:
                 break
             true = self._true(widths)
@@ -381,6 +418,13 @@ class _Work:
         stuck = obstacles(self.study.original, called, ())
         found = {name: reader(self.study.original, sites[name]) for name in called if name not in stuck}
         return {name: layer for name, layer in found.items() if layer is not None}
+
+    @cached_property
+    def fittable(self) -> list[str]:
+        """The Linear and Conv layers with weights of their own, in calling order."""
+        called = [name for name, row in self.study.profile.layers.items() if row.calls and name in self.layers]
+        stuck = obstacles(self.study.original, called, ())
+        return [n for n in called if n not in stuck and is_layer(self.study.original.get_submodule(n))]
 
     @cached_property
     def statistics(self) -> Mapping[str, Statistics]:
@@ -471,7 +515,7 @@ class _Work:
     # After the narrowing --------------------------------------------------------------------------------------------
 
     def mend(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        """Refit layers that read narrowed inputs to the original's answers; re-estimate the batch norms behind them."""
+        """Refit layers to the original's answers, from the first that reads narrowed inputs on; re-estimate batch norms."""
         step, study = self.step, self.study
         if not study.task.has_calibration:
             return
@@ -482,13 +526,19 @@ class _Work:
         layers = dict(model.named_modules())
         if step.reconstruct is not False:
             narrowed = [name for name in self.readers if not bool(stays[f"{name}.weight"][1].all())]
-            for name in track(narrowed, "refitting layers"):
+            first = next((name for name in self.fittable if name in narrowed and is_layer(layers[name])), None)
+            after = [] if first is None else self.fittable[self.fittable.index(first) :]
+            beside = _Beside(study.original, model, [self.rectified[n] for n in after if n in self.rectified])
+            # Of a captured graph, which calls no layers that could be waited at, each by itself.
+            alone = [name for name in narrowed if name not in after]
+            for name in track([*alone, *after], "refitting layers"):
                 outputs, inputs = (torch.from_numpy(at.nonzero()[0]) for at in stays[f"{name}.weight"][:2])
-                if is_layer(layer := layers[name]):
-                    self._refit(name, layer, lockstep, outputs)
-                else:  # a part of a captured graph, which calls no layers that could be waited at
-                    self._refit_alone(name, layer, outputs, inputs)
+                if name in alone:
+                    self._refit_alone(name, layers[name], outputs, inputs)
+                elif is_layer(layers[name]):
+                    self._refit(name, model, lockstep, outputs, beside)
             sites = [site for group in self.groups if group.name in kept for site in group.consumers()]
+            beside.close()
             if others := sorted({site.layer for site in sites} - set(narrowed)):
                 study.notes.append(
                     "not refitted, though what they read was narrowed, as they are no Linear or Conv layers "
@@ -500,12 +550,19 @@ class _Work:
             divergence = Divergence(study.original, study.task, step.samples)
             reestimate_batch_norm(model, lambda: study.task.batches(model, step.samples), divergence, norms)
 
-    def _refit(self, name: str, layer: Layer, lockstep: Lockstep, outputs: Tensor) -> None:
+    def _refit(self, name: str, model: nn.Module, lockstep: Lockstep, outputs: Tensor, beside: _Beside) -> None:
         """A layer's weight and bias, in place, by least squares: the original's answers from what reaches it now."""
+        layer = model.get_submodule(name)
+        assert is_layer(layer)
         dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
         outputs = outputs.to(layer.weight.device)
         calls = lockstep.at(name, len(self.study.profile.layers[name].calls))
         pairs = ((x, answer.index_select(dim, outputs)) for x, answer in calls)
+        if name in self.rectified:
+            reached = list(pairs)  # the runs that stand still hold them anyway
+            if self._refit_through(name, model, reached, lockstep.samples, outputs, beside):
+                return
+            pairs = iter(reached)
         seen = gather_paired(layer, pairs, samples=lockstep.samples, seed=self.study.seed)
         if seen is None:
             return
@@ -518,6 +575,71 @@ class _Work:
             if layer.bias is not None:
                 layer.bias.copy_(corrected_bias(layer.weight, layer.bias, weight, seen))
             layer.weight.copy_(weight)
+
+    def _refit_through(
+        self,
+        name: str,
+        model: nn.Module,
+        reached: Sequence[tuple[Tensor, Tensor]],
+        samples: int,
+        outputs: Tensor,
+        beside: _Beside,
+    ) -> bool:
+        """The same for what the next rectifier makes of the answer; False where that cannot be done."""
+        what, layer = self.rectified[name], model.get_submodule(name)
+        norm = model.get_submodule(what.norm) if what.norm else None
+        assert is_layer(layer)
+        dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+        scale = layer.weight.new_ones(len(outputs))
+        shift = torch.zeros_like(scale)
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+            scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.detach())
+            shift = (0.0 if norm.bias is None else norm.bias.detach()) - scale * norm.running_mean
+        if bool((scale.abs() < LEAST_SCALE * scale.abs().amax()).any()):
+            return False  # no weight could turn the answers of such outputs into what they should be
+        added = beside.taken(what)
+        if what.beside is not None and (
+            len(added) != len(reached)
+            or any(now.shape != answer.shape for (_, now), (_, answer) in zip(added, reached, strict=True))
+        ):
+            return False
+        others = [(was.index_select(dim, outputs), now) for was, now in added] or [()] * len(reached)
+        calls = ((x, (answer, *more)) for (x, answer), more in zip(reached, others, strict=True))
+        rows = paired_rows(layer, calls, samples=samples, seed=self.study.seed)
+        if rows is None:
+            return False
+        x, (answer, *both) = rows
+        wanted, now = scale * answer + shift, shift
+        if both:
+            wanted, now = wanted + both[0], shift + both[1]
+        flat = layer.weight.detach().flatten(1)
+        weight, constant = rectified.fit(x, wanted, now, scale, flat, ceiling=what.ceiling, ridge=RIDGE)
+        with torch.no_grad():
+            layer.weight.copy_(weight.reshape(layer.weight.shape))
+            if layer.bias is not None:
+                layer.bias.copy_(constant)
+            elif isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                norm.running_mean.sub_(constant.to(norm.running_mean))
+        return True
+
+    @cached_property
+    def rectified(self) -> dict[str, Behind]:
+        """Of the layers that can be fitted through what is behind them, what that is.
+
+        Those whose inputs can be held in memory, and whose constant has somewhere to go: a bias, or a batch norm.
+        """
+        original, found = self.study.original, {}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return {}  # every process holds a part of the inputs, and only their moments can be summed
+        for name, what in behind(original, self.coupling.analysis.trace, self.fittable).items():
+            layer = original.get_submodule(name)
+            norm = original.get_submodule(what.norm) if what.norm else None
+            assert is_layer(layer)
+            holds = isinstance(norm, _BatchNorm) and norm.running_mean is not None
+            able = isinstance(layer, nn.Linear) or layer.groups == 1
+            if able and (layer.bias is not None or holds) and layer.weight[0].numel() ** 2 * FEWEST_ROWS <= ROWS_NUMBERS:
+                found[name] = what
+        return found
 
     def _refit_alone(self, name: str, holder: nn.Module, outputs: Tensor, inputs: Tensor) -> None:
         """The same where the narrowed network cannot be looked into: as if what is kept reached the layer as before."""
@@ -568,6 +690,39 @@ class _Work:
             self.study.notes.append(f"ranked by l2, as {why}: {_some(names)}")
         by = self.step.select if self.step.budget is not None else "manual"
         self.study.findings.update(choices=choices, metric=metric, selected_by=by)
+
+
+class _Beside:
+    """What is added to the answers of layers, in the original and in the narrowed network, batch by batch."""
+
+    def __init__(self, original: nn.Module, narrowed: nn.Module, wanted: Sequence[Behind]) -> None:
+        self._held: dict[tuple[str, bool], tuple[list[Tensor], list[Tensor]]] = {}
+        self._hooks: list[RemovableHandle] = []
+        for name, goes_in in {what.beside for what in wanted if what.beside is not None}:
+            lists: tuple[list[Tensor], list[Tensor]] = ([], [])
+            self._held[name, goes_in] = lists
+            for model, held in zip((original, narrowed), lists, strict=True):
+                module = model.get_submodule(name)
+                if goes_in:
+                    hook = module.register_forward_pre_hook(lambda _, args, held=held: held.append(args[0].detach()))
+                else:
+                    hook = module.register_forward_hook(lambda _, args, made, held=held: held.append(made.detach()))
+                self._hooks.append(hook)
+
+    def taken(self, what: Behind) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch the original's and the narrowed network's; empty where runs were started several times."""
+        if what.beside is None:
+            return []
+        was, now = self._held[what.beside]
+        found = list(zip(was, now, strict=True)) if len(was) == len(now) else []
+        was.clear()
+        now.clear()
+        return found
+
+    def close(self) -> None:
+        """Watch no longer."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -104,24 +104,41 @@ def least_loss(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[s
     return search.filled(best)
 
 
-def alike(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[str, int]:
+def alike(
+    curves: Mapping[str, Curve], bills: Mapping[str, Bill], shape: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """The same share of every group, as large as the limits allow.
 
-    Args, raises: as `least_loss`.
+    Args:
+        curves: of every group that the bills name.
+        bills: the costs to keep within their limits, by metric.
+        shape: by group, the number of units to take shares of; of every group all of its units by default.
+    Raises:
+        BudgetError: as of `least_loss`.
     """
     search = _Search(curves, bills)
     search.check()
+    whole = shape or {name: float(curve.widths[-1]) for name, curve in curves.items()}
 
     def kept(share: float) -> dict[str, int]:
-        return {name: nearest(curve.widths, share * curve.widths[-1]) for name, curve in curves.items()}
+        return {name: nearest(curve.widths, share * whole[name]) for name, curve in curves.items()}
 
-    if search.within(kept(1.0)):
-        return kept(1.0)
-    low, high = 0.0, 1.0
+    low, high = 0.0, max(curve.widths[-1] / whole[name] for name, curve in curves.items())
+    if search.within(kept(high)):
+        return kept(high)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if search.within(kept(middle)) else (low, middle)
     return kept(low)
+
+
+def between(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[str, int]:
+    """Halfway between `least_loss` and `alike`: widths in proportion to the geometric mean of theirs.
+
+    Args, raises: as `least_loss`.
+    """
+    one, other = least_loss(curves, bills), alike(curves, bills)
+    return alike(curves, bills, {name: float(np.sqrt(one[name] * other[name])) for name in curves})
 
 
 def nearest(widths: Sequence[int], wanted: float) -> int:
