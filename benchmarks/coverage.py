@@ -245,12 +245,14 @@ def _plain(made: Any) -> Any:
 
 def macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-adds of convolutions, products and attention in one call, counted without computing anything."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
-        args, kwargs = pytree.tree_map(
-            lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, (inputs.args, dict(inputs.kwargs))
-        )
-        with torch.no_grad():
+    model = copy.deepcopy(model).requires_grad_(False)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
+            args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (inputs.args, dict(inputs.kwargs)))
             model(*args, **kwargs)
+    except Exception:  # lengths that depend on values are only known once they are computed
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            inputs.into(model)
     return int(counter.get_total_flops()) // 2
 
 
@@ -276,7 +278,8 @@ def featherweight(model: nn.Module, inputs: Inputs, share: float, record: Record
     record["unknown"] = sorted({f"{operation}: {reason}" for operation, reason in coupling.unknown})
     record["capture"], analysed = captured - start, time.process_time()
     if not kept:
-        record |= {"verdict": "frozen", "why": next((str(r) for r in coupling.frozen.values()), "")}
+        why = next((str(reason) for reason in coupling.frozen.values()), "")
+        record |= {"verdict": "frozen", "why": why}
         return None
     try:
         made = narrow(model, coupling, kept)
@@ -371,8 +374,10 @@ def tables(records: Mapping[tuple[str, str], Record], names: Mapping[str, Sequen
     lines = [
         "Verdicts of Featherweight. MACs and parameters left are medians over networks that are ok.",
         "",
-        "| set | networks | ok | module form | frozen | uncaptured | unbuilt | refused, late, error | **wrong** "
-        "| MACs left | parameters | capture s | the rest s: median, most |",
+        (
+            "| set | networks | ok | module form | frozen | uncaptured | unbuilt | refused, late, error | **wrong** "
+            "| MACs left | parameters | capture s | the rest s: median, most |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group, members in names.items():
@@ -393,14 +398,18 @@ def tables(records: Mapping[tuple[str, str], Record], names: Mapping[str, Sequen
     form = sum(r["form"] == "module" for r in ok)
     lines += [
         "",
-        f"Together: {len(ok)} of {len(able)} that torch.export captures, {form / max(1, len(ok)):.1%} of them in module "
-        f"form; gradients reach the parameters of {sum(r['trains'] for r in ok)}. Largest error of those in float64 "
-        f"{max(r['error'] for r in ok):.0e}, in float32 {max(r['error32'] for r in ok):.0e}.",
+        (
+            f"Together: {len(ok)} of {len(able)} that torch.export captures, {form / max(1, len(ok)):.1%} of them in "
+            f"module form; gradients reach the parameters of {sum(r['trains'] for r in ok)}. Largest error of those in "
+            f"float64 {max(r['error'] for r in ok):.0e}, in float32 {max(r['error32'] for r in ok):.0e}."
+        ),
         "",
         "## Torch-Pruning on the same networks",
         "",
-        "| set | networks | ok | unchanged | error | late | **wrong, or an output's width** "
-        "| MACs left, both ok: Featherweight, Torch-Pruning |",
+        (
+            "| set | networks | ok | unchanged | error | late | **wrong, or an output's width** "
+            "| MACs left, both ok: Featherweight, Torch-Pruning |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for group, members in ((g, m) for g, m in names.items() if g in PEER_SETS):
@@ -429,8 +438,10 @@ def tables(records: Mapping[tuple[str, str], Record], names: Mapping[str, Sequen
         "",
         "## Network by network",
         "",
-        "| network | verdict, form | groups | MACs left | parameters | error | in float32 | capture s | the rest s "
-        "| Torch-Pruning | MACs left | s |",
+        (
+            "| network | verdict, form | groups | MACs left | parameters | error | in float32 | capture s | the rest s "
+            "| Torch-Pruning | MACs left | s |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group, members in names.items():
@@ -438,8 +449,9 @@ def tables(records: Mapping[tuple[str, str], Record], names: Mapping[str, Sequen
             mine, theirs = (records.get((f"{group}:{name}", tool), {"verdict": "–"}) for tool in TOOLS)
             lines.append(
                 f"| {group}:{name} | {mine['verdict']} {mine.get('form', '')} | {mine.get('groups', '–')} "
-                f"| {_number(mine, 'macs', '.3f')} | {_number(mine, 'params', '.3f')} | {_number(mine, 'error', '.0e')} "
-                f"| {_number(mine, 'error32', '.0e')} | {_number(mine, 'capture', '.1f')} "
+                f"| {_number(mine, 'macs', '.3f')} | {_number(mine, 'params', '.3f')} "
+                f"| {_number(mine, 'error', '.0e')} | {_number(mine, 'error32', '.0e')} "
+                f"| {_number(mine, 'capture', '.1f')} "
                 f"| {_number(mine, 'seconds', '.1f')} | {theirs['verdict']} | {_number(theirs, 'macs', '.3f')} "
                 f"| {_number(theirs, 'seconds', '.1f')} |"
             )
@@ -448,6 +460,15 @@ def tables(records: Mapping[tuple[str, str], Record], names: Mapping[str, Sequen
 
 def _number(record: Record, key: str, form: str) -> str:
     return format(record[key], form) if key in record else "–"
+
+
+def _said(key: tuple[str, str], record: Record) -> str:
+    """A record as it comes: the whole takes hours."""
+    numbers = " ".join(_number(record, key, ".1e") for key in ("macs", "error", "error32", "capture", "seconds"))
+    plain = record["verdict"] == "ok" and record.get("form") != "graph"
+    why = "" if plain else str(record.get("why", ""))
+    unknown = "; ".join(record.get("unknown", []))[:200]
+    return f"{key[0]:44} {key[1]:14} {record['verdict']:10} {record.get('form', ''):6} {numbers} {why} {unknown}"
 
 
 def main(asked: argparse.Namespace) -> None:
@@ -480,12 +501,7 @@ def main(asked: argparse.Namespace) -> None:
                 records[key] = forked(*key, asked.share, protected, limit)
                 with RECORDS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([*key, records[key]]) + "\n")
-                made = records[key]
-                print(f"{key[0]:44} {tool:14} {made['verdict']:10} {made.get('form', ''):6} "
-                      f"{_number(made, 'macs', '.3f')} {_number(made, 'error', '.0e')} {_number(made, 'error32', '.0e')} "
-                      f"{_number(made, 'capture', '.1f')} {_number(made, 'seconds', '.1f')} "
-                      f"{made.get('why', '') if made['verdict'] != 'ok' or made.get('form') == 'graph' else ''} "
-                      f"{'; '.join(made.get('unknown', []))[:200]}", file=sys.stderr, flush=True)  # fmt: skip
+                print(_said(key, records[key]), file=sys.stderr, flush=True)
     publish("coverage", __doc__ or "", tables(records, names), asked.write)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +46,10 @@ sinet_cityscapes sinet 128 | lednet_cityscapes lednet 128
 centernet_resnet18_voc centernet 128 | simplepose_resnet18_coco simplepose_coco 128
 lwopenpose2d_mobilenet_cmupan_coco lwopenpose_cmupan 128 | lffd20x5s320v2_widerface lffd 128
 """
+
+# Of these the ones that are told the size of their images, and those with a second head to leave out.
+SIZED = "fastscnn bisenet deeplabv3 pspnet sinet centernet simplepose_coco lwopenpose_cmupan".split()  # noqa: SIM905
+AUXILIARY = "fastscnn deeplabv3 pspnet".split()  # noqa: SIM905
 
 TIMM = """
 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 convnext_atto mixer_s32_224
@@ -436,20 +441,21 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def _pytorchcv(file: str, function: str, side: int | None) -> tuple[nn.Module, Inputs]:
+    vars(np).setdefault("int", int)  # which numpy had when pytorchcv was written
     make = getattr(importlib.import_module(f"pytorchcv.models.{file}"), function)
-    wanted = {"in_size": (side, side)} if side not in (None, 224, 299, 32) else {}
-    heat = {"return_heatmap": True} if "coco" in function else {}
-    last: Exception | None = None
-    for settings in ({**wanted, **heat}, wanted, {}):
-        for more in ({"aux": False, **settings}, settings):
-            try:
-                made = make(pretrained=False, **more)
-            except TypeError as error:
-                last = error
-                continue
-            size = (side, side) if side is not None else getattr(made, "in_size", (224, 224))
-            return made, Inputs((torch.randn(1, getattr(made, "in_channels", 3), *size),))
-    raise last or TypeError(function)
+    settings: dict[str, Any] = {"pretrained": False}
+    if side is not None and file in SIZED:
+        settings["in_size"] = (side, side)
+    if file in AUXILIARY:
+        settings["aux"] = False
+    if "coco" in function and side is not None:
+        settings["return_heatmap"] = True
+    known = inspect.signature(make).parameters
+    if "pretrained" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        settings = {}
+    made = make(**settings)
+    size = (side, side) if side is not None else getattr(made, "in_size", (224, 224))
+    return made, Inputs((torch.randn(1, getattr(made, "in_channels", 3), *size),))
 
 
 def _vision(name: str) -> tuple[nn.Module, Inputs]:

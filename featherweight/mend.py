@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,15 +96,23 @@ def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: S
     return (then - now).to(bias.dtype)
 
 
-def finetune(model: nn.Module, task: Task, epochs: float) -> None:
+def finetune(model: nn.Module, task: Task, epochs: float, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
     """Train the model in place with the task's own function.
 
+    Args:
+        model: trained in place.
+        task: whose `train` is called.
+        epochs: passes through its data.
+        loss: another loss than the task's own.
     Raises:
         TaskError: train raised, or left values that are not finite.
     """
     assert task.train is not None
     try:
-        task.train(model, epochs)
+        if loss is None:
+            task.train(model, epochs)
+        else:
+            task.train(model, epochs, loss=loss)
     except TaskError:
         raise
     except Exception as error:

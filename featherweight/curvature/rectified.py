@@ -33,7 +33,8 @@ def fit(
 
     In turn the right answers are set (where ``wanted`` is cut off and the present answer is too, the present one; where
     only ``wanted`` is, the edge; elsewhere ``wanted``) and W and c are fitted to them by least squares, all with one
-    factorization. No round makes the squared error of the rectified answers larger than its bound in the round before.
+    factorization. What falls from round to round is the sum of squares of how far answers have to move to be right; it
+    is above the squared error of the rectified answers, and equal to it where no answer is cut off that should not be.
 
     Args:
         x: what goes into the layer: (rows, d).
