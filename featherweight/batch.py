@@ -53,6 +53,18 @@ class Inputs:
         first = next((t for t in self.tensors() if t.ndim), None)
         return 1 if first is None else first.shape[0]
 
+    def each(self) -> Iterator[Inputs]:
+        """The samples one by one, each as a batch of one; tensors of another length go with all of them."""
+        length = self.batch_size
+
+        def taken(value: Any, index: int) -> Any:
+            alike = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == length
+            return value[index : index + 1] if alike else value
+
+        for index in range(length):
+            args, kwargs = pytree.tree_map(lambda v, i=index: taken(v, i), (self.args, dict(self.kwargs)))
+            yield Inputs(args, kwargs)
+
     def __str__(self) -> str:
         named = [describe(a) for a in self.args] + [f"{k}={describe(v)}" for k, v in self.kwargs.items()]
         return ", ".join(named) or "nothing"

@@ -83,7 +83,7 @@ class Study:
         if gradients:
             try:
                 batches = self.task.batches(self.original, samples)
-                return gather(self.original, layers, batches, gradients=self._loss(), seed=self.seed)
+                return gather(self.original, layers, batches, gradients=self.probe(), seed=self.seed)
             except (RuntimeError, NotImplementedError) as error:
                 self.notes.append(
                     f"the loss has no gradient here ({str(error).splitlines()[0]}): "
@@ -91,7 +91,8 @@ class Study:
                 )
         return gather(self.original, layers, self.task.batches(self.original, samples), seed=self.seed)
 
-    def _loss(self) -> Any:
+    def probe(self) -> Any:
+        """A function (outputs, generator) → scalar whose gradients' covariance is the curvature of the divergence."""
         with torch.no_grad(), mode(self.original, training=False):
             outputs = self.task.inputs().on(self.original).into(self.original)
         dim = class_dimension(outputs, self.task.loss)

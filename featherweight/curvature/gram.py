@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,8 +42,10 @@ TEMPERATURE = 2.0
 
 
 # Rows that a least-squares fit looks at, as a multiple of the input's width: with n times as many samples as unknowns
-# the fit's error is 1 + 1/n times the least.
-ROWS_A_COLUMN = 32
+# the fit's error is 1 + 1/n times the least. Neighbouring positions say much the same, so that n is far less than this.
+ROWS_A_COLUMN = 128
+# Numbers that the inputs of one layer may take up where they are held and not summed up: a quarter of a gigabyte.
+ROWS_NUMBERS = 1 << 26
 
 
 @dataclass
@@ -209,6 +211,41 @@ def gather_paired(
     if total is not None:
         total.positions, total.samples = places / max(1, samples), samples
     return _over_processes({} if total is None else {"": total}, samples, layer.weight.device).get("")
+
+
+def paired_rows(
+    layer: Layer,
+    pairs: Iterable[tuple[Tensor, Sequence[Tensor]]],
+    *,
+    samples: int,
+    numbers: int = ROWS_NUMBERS,
+    seed: int = 0,
+) -> tuple[Tensor, list[Tensor]] | None:
+    """What goes into a layer, position by position, and other tensors at the same positions of its answer.
+
+    Args:
+        layer: without groups.
+        pairs: call by call, what goes in, and tensors of the shape of the answer but for the number of channels.
+        samples: how many samples all pairs together are of.
+        numbers: how many numbers of inputs to hold at most.
+        seed: of the choice of positions.
+    Returns:
+        The inputs (rows, d), and the other tensors (rows, channels), float32; None where there are no pairs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Tensor] = []
+    beside: list[list[Tensor]] = []
+    for x, others in pairs:
+        views = patches(layer, x)
+        width = int(views.shape[1 + len(_places(layer, views)) :].numel())
+        most = min(ROWS_A_COLUMN, numbers / width**2) * len(x) / samples
+        chosen = _pick(layer, views, math.inf, generator, most=most)
+        rows.append(_take(layer, views, chosen)[0])
+        flat = [_channels_last(layer, other) for other in others]
+        beside.append([(one if chosen is None else one[chosen]).float() for one in flat])
+    if not rows:
+        return None
+    return torch.cat(rows), [torch.cat(parts) for parts in zip(*beside, strict=True)]
 
 
 def patches(layer: Layer, x: Tensor) -> Tensor:

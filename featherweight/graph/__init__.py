@@ -1,5 +1,6 @@
 """A network as a graph: which slices of which tensors go together, and the narrowing itself."""
 
+from featherweight.graph.behind import Behind, behind
 from featherweight.graph.coupling import Coupling, Group, Site, couple
 from featherweight.graph.edges import put_on_edges, value_names, weight_of
 from featherweight.graph.fold import fold, foldable
@@ -9,6 +10,7 @@ from featherweight.graph.optimizer import narrow_optimizer
 from featherweight.graph.trace import GraphError, Trace, capture
 
 __all__ = [
+    "Behind",
     "Coupling",
     "GraphError",
     "Group",
@@ -17,6 +19,7 @@ __all__ = [
     "Narrowing",
     "Site",
     "Trace",
+    "behind",
     "capture",
     "couple",
     "fold",

@@ -20,7 +20,7 @@ from featherweight.graph.module import ModelGraph, copied, set_arguments, standi
 from featherweight.graph.rules import Axis, operation_of
 from featherweight.graph.rules.call import arguments, read_by
 from featherweight.graph.rules.reduction import statistic
-from featherweight.graph.trace import GraphError, module_of, size
+from featherweight.graph.trace import GraphError, module_of, size, source_of
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Rewrite: TypeAlias = Callable[["Site"], None]
@@ -59,6 +59,10 @@ class Site:
         self.coupling, self._lost, self.old, self._new_of, self._numbers = coupling, lost, old, new_of, numbers
         self.new = new_of[old]
         self.arguments = arguments(old)
+
+    def compensated(self, why: str) -> None:
+        """Note that the operation was changed so that it goes on as before; the model's own code would not."""
+        self.new.meta["compensated"] = f"{why} ({source_of(self.old)})"
 
     def stays(self, axis: Axis) -> Mask:
         """Which indices of a dimension stay."""
@@ -228,6 +232,7 @@ def _attention(site: Site) -> None:
     width = site.axes("query")[-1]
     if site.narrowed([width]) and site.arguments["scale"] is None:
         set_arguments(site.new, scale=1 / math.sqrt(len(width)))
+        site.compensated("its code leaves the scale of attention to the width of a head, which has changed")
 
 
 @rewrites("mean")
@@ -237,6 +242,7 @@ def _mean(site: Site) -> None:
     dims = [d % len(x) for d in given] if given else list(range(len(x)))
     if not site.narrowed([x[d] for d in dims]) or statistic(site.old):
         return
+    site.compensated("its code takes a mean over slices of which some went")
     share = math.prod(float(site.stays(x[d]).mean()) for d in dims)
     with site.new.graph.inserting_after(site.new):
         scaled = site.new.graph.call_function(torch.ops.aten.mul.Tensor, (site.new, share))

@@ -12,47 +12,67 @@ arxiv.org/abs/2208.11580 (the second-order removal that is the default).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
+from featherweight.batch import mode
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
-from featherweight.curvature.gram import Statistics, gather_paired, my_share
+from featherweight.curvature import rectified
+from featherweight.curvature.gram import ROWS_NUMBERS, Statistics, gather_paired, my_share, paired_rows
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.curvature.selection import Consumer, greedy_elimination, lasso, reconstruct
 from featherweight.curvature.solve import damp, least_squares
 from featherweight.edits import Edit, Leave, Narrow
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Layer, is_layer
-from featherweight.graph import Group, Site, couple, narrow
+from featherweight.graph import Behind, Group, Site, behind, couple, narrow
 from featherweight.layers import PerLayer, for_layer, matches, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
 from featherweight.progress import track
 from featherweight.prune import schedules, scores
-from featherweight.prune.units import bills, columns, members, reader, slices
+from featherweight.prune.units import bills, columns, joint, members, reader, slices
 from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import rounded_up
-from featherweight.search.widths import Bill, Curve, alike, least_loss, nearest
+from featherweight.search.widths import Bill, Curve, alike, between, least_loss, nearest, ranked, ranked_within
 from featherweight.snapshot import of_profile
 from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task
+from featherweight.train.evaluate import loss_of
 
-SCORES = ("loss", "lasso", "l1", "l2", "random", "batch_norm", "geometric_median", "activation")
-SELECTORS = {"optimal": least_loss, "uniform": alike}
+SCORES = (
+    *("loss", "lasso", "l1", "l2", "random", "batch_norm", "geometric_median", "activation"),
+    *("taylor", "fisher", "hessian", "input_l2"),
+)
+GRADIENT_SCORES = ("taylor", "fisher", "hessian")
+# Samples whose gradients are taken one by one.
+GRADIENT_SAMPLES = 64
+MEASURED = {"optimal": least_loss, "between": between, "uniform": alike}
+SELECTORS = ("measured", *MEASURED, "global", "classes")
+SCHEDULES = ("cubic", "linear", "geometric")
+NORMALIZATIONS = ("share", "none", "mean", "max", "lamp")
+PENALTIES = ("group_lasso", "growing", "slimming")
+# Growing penalties rise in so many increments, one every so many steps (GReg, section 4, has 10 steps of training).
+GROWTHS, GROWTH_STEPS = 20, 10
 METRICS = ("macs", "params", "bytes")
 # Of the mean diagonal of Gram matrices, towards what is there: there are few samples for so many unknowns.
 RIDGE = 1e-3
 # Of the mean gradient covariance: outputs whose gradient is small on the calibration data still matter elsewhere.
 GRADIENT_DAMPING = 1e-2
+# Of the largest scale of a batch norm: below this, an output can hardly be moved by the weights in front of the norm.
+LEAST_SCALE = 1e-3
+# Inputs of a layer that have to fit into memory, as a multiple of their width, for it to be fitted through a rectifier.
+FEWEST_ROWS = 24
 # How often the estimate of a narrowed network's cost is corrected by its true cost.
 CORRECTIONS = 6
 # How much of a limit may stay unused.
@@ -77,9 +97,18 @@ class Structured(Step):
             mapping from patterns.
         score: what decides which units stay: ``"loss"``, the predicted rise of the loss once the layers that read a
             unit are refitted (needs calibration data; ``"l2"`` is used without); ``"lasso"``, gates under an L1
-            penalty; ``"l1"``, ``"l2"``, ``"random"``, ``"batch_norm"`` (its scales), ``"geometric_median"``, or
-            ``"activation"`` (root mean square of what the unit gives).
-        select: ``"optimal"``, least predicted loss over all groups, or ``"uniform"``, the same share of every group.
+            penalty; ``"l1"``, ``"l2"``, ``"random"``, ``"batch_norm"`` (its scales), ``"geometric_median"``,
+            ``"input_l2"`` (squares of the weights that read the unit, as AIMET does), ``"activation"`` (root mean
+            square of what the unit gives); or by gradients of the divergence on calibration data ``"taylor"``,
+            ``"fisher"`` and ``"hessian"`` (the diagonal).
+        select: how a budget is spread over the groups: ``"optimal"``, least predicted loss over all of them;
+            ``"uniform"``, the same share of every one; ``"between"``, halfway; or ``"measured"``, whichever of these
+            moves the answers on the calibration data least once the layers are refitted (``"optimal"`` without data).
+            ``"global"`` is one ranking of all units, ``"classes"`` one of those of like layers, the same share of each.
+        normalize: how scores are made comparable between groups: ``"share"`` of the group's sum, ``"mean"``, ``"max"``,
+            ``"lamp"``, or ``"none"``. Predicted losses are comparable as they are.
+        threshold: instead of a budget or a ratio, what may be lost: of every group as many units go as together lose no
+            more than this, in predicted loss, or in normalized score where another score decides.
         reconstruct: refit the layers that read narrowed inputs, by least squares, to the original's answers; None for
             wherever there is calibration data.
         ignore: patterns of layers to leave alone: no layer that matches loses an output.
@@ -90,12 +119,21 @@ class Structured(Step):
         rounds: in how many to prune; more goes in the earlier ones, on the cubic schedule of Zhu & Gupta, To prune, or
             not to prune, 2017, arxiv.org/abs/1710.01878. With a ``drop`` in the budget they end before the one that
             would lose more.
+        schedule: of the rounds: ``"cubic"``, ``"linear"``, or ``"geometric"`` (of what is left the same share in every
+            one).
+        penalty: train with ``task.train`` first under a penalty that drives units to zero: ``"group_lasso"``,
+            ``"growing"`` (weight decay that grows, on the units that are to go), or ``"slimming"`` (on the scales of
+            batch norms; its score is ``"batch_norm"``). The task's `train` has to take a ``loss``.
+        penalty_weight: the penalty's factor beside the loss; of ``"growing"`` its ceiling.
+        penalty_epochs: of that training.
     """
 
     budget: Budget | None = None
     ratio: PerLayer[float] | None = None
     score: str = "loss"
-    select: str = "optimal"
+    select: str = "measured"
+    normalize: str = "share"
+    threshold: float | None = None
     reconstruct: bool | None = None
     ignore: tuple[str, ...] = ()
     multiple_of: PerLayer[int] = 1
@@ -103,6 +141,10 @@ class Structured(Step):
     samples: int = 512
     epochs: float = 0
     rounds: int = 1
+    schedule: str = "cubic"
+    penalty: str | None = None
+    penalty_weight: float = 1e-4
+    penalty_epochs: float = 1
 
     stage: ClassVar[Stage] = Stage.SHAPE
     # The kinds of groups that are narrowed, as `graph.Group.kind` names them.
@@ -118,8 +160,12 @@ class Structured(Step):
         found = super().problems(model, task)
         if found:
             return found
-        if (self.budget is None) == (self.ratio is None):
-            found.append("give one of budget= and ratio=, which say how much to keep or to remove")
+        if sum(given is not None for given in (self.budget, self.ratio, self.threshold)) != 1:
+            found.append("give one of budget=, ratio= and threshold=, which say how much to keep, to remove or to lose")
+        if self.threshold is not None and self.threshold < 0:
+            found.append(f"threshold is {self.threshold}: it is what may be lost, 0 or more")
+        if self.threshold is not None and self.rounds > 1:
+            found.append("rounds need a budget or a ratio to go towards; a threshold is met at once")
         if self.budget is not None:
             if self.budget.drop is not None and self.rounds < 2:
                 found.append("a drop ends rounds of pruning, and is no limit that widths can be chosen by: give rounds")
@@ -137,7 +183,18 @@ class Structured(Step):
         if self.score not in SCORES:
             found.append(f"score is {self.score!r}: use {', '.join(SCORES)}")
         if self.select not in SELECTORS:
-            found.append(f"select is {self.select!r}: use {' or '.join(SELECTORS)}")
+            found.append(f"select is {self.select!r}: use {', '.join(SELECTORS)}")
+        if self.normalize not in NORMALIZATIONS:
+            found.append(f"normalize is {self.normalize!r}: use {', '.join(NORMALIZATIONS)}")
+        if self.schedule not in SCHEDULES:
+            found.append(f"schedule is {self.schedule!r}: use {', '.join(SCHEDULES)}")
+        if self.penalty is not None:
+            if self.penalty not in PENALTIES:
+                found.append(f"penalty is {self.penalty!r}: use {', '.join(PENALTIES)}")
+            if task.train is None:
+                found.append("penalty needs Task(train=...), which the task does not have")
+            if not self.penalty_weight > 0 or not self.penalty_epochs > 0:
+                found.append("penalty_weight and penalty_epochs must be above 0")
         needs = [n for n, on in (("reconstruct", self.reconstruct), (f"score={self.score!r}", self._by_data)) if on]
         if needs and not task.has_calibration:
             found.append(f"{needs[0]} needs calibration data: give Task(calibration=...)")
@@ -149,7 +206,7 @@ class Structured(Step):
 
     @property
     def _by_data(self) -> bool:
-        return self.score in ("lasso", "activation")
+        return self.score in ("lasso", "activation", *GRADIENT_SCORES)
 
     def check(self, study: Study) -> None:
         """Capture the model and hold the budget against its groups, before anything slow.
@@ -185,8 +242,11 @@ class Structured(Step):
         self.check(study)
         whole = _metrics(study.profile.total)
         left: dict[str, str] | None = None
+        if self.penalty is not None:
+            self._work(study).shrink(study.model)
         for number in range(1, self.rounds + 1):
-            now = study if number == 1 else study.again()  # of the two the first has the model as it becomes
+            # Of the two the first has the model as it becomes.
+            now = study if number == 1 and self.penalty is None else study.again()
             step = self if self.rounds == 1 else self._round(number, whole, _metrics(study.start))
             work = step._work(now)
             kept = work.chosen() if work.groups else {}
@@ -221,6 +281,15 @@ class Structured(Step):
         if self.epochs:
             finetune(model, study.task, self.epochs)
 
+    def _gone(self, number: int) -> float:
+        """The share of what is to go in all rounds that has gone after this one."""
+        match self.schedule:
+            case "linear":
+                return schedules.linear(number, final=1.0, end=self.rounds)
+            case "geometric":  # in the last round the rest, a hundredth of it all
+                return 1.0 if number == self.rounds else schedules.geometric(number, each=1 - 0.01 ** (1 / self.rounds))
+        return schedules.cubic(number, final=1.0, end=self.rounds)
+
     def _round(self, number: int, whole: Mapping[str, float], start: Mapping[str, float]) -> Structured:
         """This step as one of its rounds.
 
@@ -229,7 +298,7 @@ class Structured(Step):
             whole: what the network cost before the first.
             start: what shares of the budget are of.
         """
-        before, after = (schedules.cubic(n, final=1.0, end=self.rounds) for n in (number - 1, number))
+        before, after = (self._gone(n) for n in (number - 1, number))
         if self.budget is not None:
             ends = self.budget.limits(start)
             limits = {m: max(2.0, whole[m] - after * max(whole[m] - end, 0.0)) for m, end in ends.items()}
@@ -251,6 +320,7 @@ class _Work:
         self.coupling = couple(study.original, study.task.inputs().on(study.original))
         self.left: dict[str, str] = {}
         self.unscored: dict[str, list[str]] = {}  # why a score says nothing of groups, and which
+        self._mended: dict[str, tuple[dict[str, Tensor], list[str]]] = {}  # by the units that stay: values and notes
         self.layers = weighted_layers(study.original)
         self.groups = [group for group in self.coupling.groups if self._wanted(group)]
         makes = {name: group for group in self.coupling.groups for name in self._makers(group)}
@@ -324,11 +394,15 @@ class _Work:
         """The units that stay, of the groups that lose some."""
         step = self.step
         if step.budget is not None:
-            widths = self._within(step.budget.limits(_metrics(self.study.start)))
+            widths = self._budgeted(step.budget.limits(_metrics(self.study.start)))
         else:
             widths = {group.name: group.size for group in self.groups}
             for group in self.groups:
-                if ratio := for_layer(step.ratio, group.name, default=0.0):
+                if step.threshold is not None:
+                    curve = self.curves[group.name]
+                    pairs = zip(curve.widths, curve.losses, strict=True)
+                    widths[group.name] = next(n for n, loss in pairs if loss <= step.threshold or n == group.size)
+                elif ratio := for_layer(step.ratio, group.name, default=0.0):
                     widths[group.name] = nearest(self.widths(group), (1 - ratio) * group.size)
         self._record(widths)
         return {group.name: self._kept(group, widths[group.name]) for group in self._narrowed(widths)}
@@ -336,12 +410,42 @@ class _Work:
     def _narrowed(self, widths: Mapping[str, int]) -> list[Group]:
         return [group for group in self.groups if widths[group.name] < group.size]
 
-    def _within(self, limits: Mapping[str, float]) -> dict[str, int]:
+    def _budgeted(self, limits: Mapping[str, float]) -> dict[str, int]:
+        """Widths under the limits: by the selector asked for, or of several the one that is measured to lose least.
+
+        What groups lose is predicted one by one, and does not add up when the layers behind make good for all of them
+        together; how far to trust the differences between groups is therefore tried out.
+        """
+        if self.step.select != "measured":
+            return self._within(limits, self.step.select)
+        tried: dict[str, dict[str, int]] = {}
+        for name in MEASURED:
+            if (widths := self._within(limits, name)) not in tried.values():
+                tried[name] = widths
+        if len(tried) == 1 or not self.study.task.has_calibration or not self.readers:
+            return next(iter(tried.values()))
+        lost = {name: self._measured(tried[name]) for name in track(list(tried), "trying out widths")}
+        best = min(lost, key=lambda name: lost[name])
+        said = ", ".join(f"{name} {loss:.3g}" for name, loss in lost.items())
+        self.study.notes.append(f"widths were chosen by measured divergence: {said}")
+        return tried[best]
+
+    def _measured(self, widths: Mapping[str, int]) -> float:
+        """How far the answers are from the original's with these widths, the layers refitted."""
+        kept = {group.name: self._kept(group, widths[group.name]) for group in self._narrowed(widths)}
+        trial = narrow(self.study.original, self.coupling, kept, check=False).module
+        said = len(self.study.notes)
+        self.mend(trial, kept)
+        self._mended[_key(kept)] = trial.state_dict(), self.study.notes[said:]
+        del self.study.notes[said:]
+        return Divergence(self.study.original, self.study.task, self.step.samples)(trial)
+
+    def _within(self, limits: Mapping[str, float], select: str) -> dict[str, int]:
         """Widths under the limits, chosen by an estimate of what they cost, which is corrected by what they do cost."""
         aims, best, least = dict(limits), None, 0.0
         for _ in range(CORRECTIONS):
             try:
-                widths = SELECTORS[self.step.select](self.curves, self.bills(aims))
+                widths = self._selected(select, self.bills(aims))
             except BudgetError:
                 break
             true = self._true(widths)
@@ -359,6 +463,19 @@ class _Work:
         if least < 1 - SLACK and self._narrowed(best):
             self.study.notes.append(f"the cost came to {least:.3f} of the limit: no wider group was found to fit")
         return best
+
+    def _selected(self, select: str, under: dict[str, Bill]) -> dict[str, int]:
+        match select:
+            case "global":
+                return ranked(self.curves, under)
+            case "classes":
+                return ranked_within(self.curves, under, {group.name: self._class(group) for group in self.groups})
+        return MEASURED[select](self.curves, under)
+
+    def _class(self, group: Group) -> str:
+        """Groups of one class have units of one kind that go in layers of the same kinds at as many places."""
+        modules = dict(self.study.original.named_modules())
+        return " ".join([group.kind, *sorted(f"{s.role}:{type(modules.get(s.layer)).__name__}" for s in group.sites)])
 
     def _true(self, widths: Mapping[str, int]) -> dict[str, float]:
         """What the network costs at these widths, whichever units stay."""
@@ -381,6 +498,13 @@ class _Work:
         stuck = obstacles(self.study.original, called, ())
         found = {name: reader(self.study.original, sites[name]) for name in called if name not in stuck}
         return {name: layer for name, layer in found.items() if layer is not None}
+
+    @cached_property
+    def fittable(self) -> list[str]:
+        """The Linear and Conv layers with weights of their own, in calling order."""
+        called = [name for name, row in self.study.profile.layers.items() if row.calls and name in self.layers]
+        stuck = obstacles(self.study.original, called, ())
+        return [n for n in called if n not in stuck and is_layer(self.study.original.get_submodule(n))]
 
     @cached_property
     def statistics(self) -> Mapping[str, Statistics]:
@@ -428,8 +552,11 @@ class _Work:
             return torch.cat([run.order, run.kept(1)]), run.losses
         worth = self._worth(group).double()
         order = worth.argsort()
-        total = worth.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return order, torch.cat([worth.new_zeros(1), (worth[order] / total).cumsum(0)])
+        if self.step.normalize == "share":
+            worth = worth / worth.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        else:
+            worth = scores.normalize(worth, self.step.normalize)  # type: ignore[arg-type]
+        return order, torch.cat([worth.new_zeros(1), worth[order].cumsum(0)])
 
     def _worth(self, group: Group) -> Tensor:
         """One number a unit."""
@@ -438,6 +565,12 @@ class _Work:
                 return scores.random(group.size, self.study.seed)
             case "l1":
                 return scores.l1(members(self.coupling, group, WEIGHTS))
+            case "input_l2":
+                if read := members(self.coupling, group, ("consumer",)):
+                    return scores.l2(read).square()
+                self.unscored.setdefault("no weight reads their units", []).append(group.name)
+            case "taylor" | "fisher" | "hessian":
+                return self.by_gradient[group.name]
             case "geometric_median":
                 return scores.geometric_median(members(self.coupling, group, WEIGHTS))
             case "batch_norm":
@@ -462,18 +595,104 @@ class _Work:
                 self.unscored.setdefault(why, []).append(group.name)
         return scores.l2(members(self.coupling, group, WEIGHTS))
 
+    @cached_property
+    def by_gradient(self) -> dict[str, Tensor]:
+        """Scores by gradients of the divergence: Taylor's per batch, the others per sample; means over all."""
+        study, kind = self.study, self.step.score
+        model = copy.deepcopy(study.original).requires_grad_(True)
+        tensors = self.coupling.analysis.trace.tensors
+        weights = {n: p for n, p in model.named_parameters() if n in tensors}
+        sites = {g.name: [s for s in g.sites if s.role in WEIGHTS and s.tensor in weights] for g in self.groups}
+        probe, generator = study.probe(), torch.Generator().manual_seed(study.seed)
+        total = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in self.groups}
+        limit = self.step.samples if kind == "taylor" else min(GRADIENT_SAMPLES, self.step.samples)
+        count = 0
+        with mode(model, training=False):
+            for inputs in study.task.batches(model, limit):
+                for part in [inputs] if kind == "taylor" else inputs.each():
+                    with torch.enable_grad():
+                        loss = probe(part.into(model), generator)
+                        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                    slopes = {n: g for n, g in zip(weights, found, strict=True) if g is not None}
+                    count += 1
+                    for group in self.groups:
+                        here = [s for s in sites[group.name] if s.tensor in slopes]
+                        values = [m for s in here for m in slices(weights[s.tensor], s, group.size)]
+                        slope = [m for s in here for m in slices(slopes[s.tensor], s, group.size)]
+                        if not values:
+                            continue
+                        match kind:
+                            case "taylor":
+                                total[group.name] += scores.taylor(values, slope)
+                            case "fisher":
+                                gates = [
+                                    (v.double() * g.double()).sum(1, keepdim=True)
+                                    for v, g in zip(values, slope, strict=True)
+                                ]
+                                total[group.name] += scores.fisher(gates)
+                            case _:
+                                total[group.name] += scores.hessian_diagonal(values, [g.square() for g in slope])
+        return {name: score / max(1, count) for name, score in total.items()}
+
     def _kept(self, group: Group, width: int) -> tuple[int, ...]:
         """The units that stay at a width."""
         if self.step.score == "lasso" and (consumers := self._consumers(group)):
             return tuple(lasso(consumers, [width])[0].tolist())
         return tuple(sorted(self._ranked[group.name][0][group.size - width :].tolist()))
 
+    # Before it ------------------------------------------------------------------------------------------------------
+
+    def shrink(self, model: nn.Module) -> None:
+        """Train a model like the original, in place, under a penalty that drives units to zero.
+
+        Raises:
+            TaskError: training failed.
+            RecipeError: there is nothing to put the penalty on.
+        """
+        step, task = self.step, self.study.task
+        kind, weight = step.penalty, step.penalty_weight
+        scales = [m.weight for m in model.modules() if isinstance(m, _BatchNorm) and m.weight is not None]
+        if not self.groups or (kind == "slimming" and not scales):
+            what = "batch norms with scales" if kind == "slimming" else "units that could go"
+            raise RecipeError([f"{step.name}: the model has no {what} to put a penalty on"])
+        going: dict[str, Tensor] = {}
+        if kind == "growing":
+            kept = self.chosen()
+            for group in self.groups:
+                going[group.name] = torch.ones(group.size)
+                going[group.name][list(kept.get(group.name, range(group.size)))] = 0
+        calls = 0
+
+        def penalised(outputs: Any, target: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            value = loss_of(task.loss or "cross_entropy", outputs, target)
+            match kind:
+                case "slimming":
+                    return value + weight * schedules.slimming(scales)
+                case "group_lasso":
+                    made = [schedules.group_lasso(rows) for group in self.groups if (rows := joint(model, group))]
+                    return value + weight * torch.stack(made).sum()
+            factor = schedules.growing_factor(calls, increment=weight / GROWTHS, every=GROWTH_STEPS, ceiling=weight)
+            terms = [
+                schedules.weight_penalty(rows, factor * going[group.name].to(rows[0]))
+                for group in self.groups
+                if (rows := joint(model, group))
+            ]
+            return value + torch.stack(terms).sum()
+
+        finetune(model, task, step.penalty_epochs, penalised)
+
     # After the narrowing --------------------------------------------------------------------------------------------
 
     def mend(self, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
-        """Refit layers that read narrowed inputs to the original's answers; re-estimate the batch norms behind them."""
+        """Refit layers to the original's answers, from the first that reads narrowed inputs on; then batch norms."""
         step, study = self.step, self.study
         if not study.task.has_calibration:
+            return
+        if (done := self._mended.get(_key(kept))) is not None:  # when its widths were tried out
+            model.load_state_dict(done[0])
+            study.notes.extend(done[1])
             return
         batches = my_share(study.task.batches(model, step.samples))
         each = study.profile.peak_activation_bytes / study.task.inputs().batch_size
@@ -482,13 +701,19 @@ class _Work:
         layers = dict(model.named_modules())
         if step.reconstruct is not False:
             narrowed = [name for name in self.readers if not bool(stays[f"{name}.weight"][1].all())]
-            for name in track(narrowed, "refitting layers"):
+            first = next((name for name in self.fittable if name in narrowed and is_layer(layers[name])), None)
+            after = [] if first is None else self.fittable[self.fittable.index(first) :]
+            beside = _Beside(study.original, model, [self.rectified[n] for n in after if n in self.rectified])
+            # Of a captured graph, which calls no layers that could be waited at, each by itself.
+            alone = [name for name in narrowed if name not in after]
+            for name in track([*alone, *after], "refitting layers"):
                 outputs, inputs = (torch.from_numpy(at.nonzero()[0]) for at in stays[f"{name}.weight"][:2])
-                if is_layer(layer := layers[name]):
-                    self._refit(name, layer, lockstep, outputs)
-                else:  # a part of a captured graph, which calls no layers that could be waited at
-                    self._refit_alone(name, layer, outputs, inputs)
+                if name in alone:
+                    self._refit_alone(name, layers[name], outputs, inputs)
+                elif is_layer(layers[name]):
+                    self._refit(name, model, lockstep, outputs, beside)
             sites = [site for group in self.groups if group.name in kept for site in group.consumers()]
+            beside.close()
             if others := sorted({site.layer for site in sites} - set(narrowed)):
                 study.notes.append(
                     "not refitted, though what they read was narrowed, as they are no Linear or Conv layers "
@@ -500,12 +725,18 @@ class _Work:
             divergence = Divergence(study.original, study.task, step.samples)
             reestimate_batch_norm(model, lambda: study.task.batches(model, step.samples), divergence, norms)
 
-    def _refit(self, name: str, layer: Layer, lockstep: Lockstep, outputs: Tensor) -> None:
+    def _refit(self, name: str, model: nn.Module, lockstep: Lockstep, outputs: Tensor, beside: _Beside) -> None:
         """A layer's weight and bias, in place, by least squares: the original's answers from what reaches it now."""
+        layer = model.get_submodule(name)
+        assert is_layer(layer)
         dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
         outputs = outputs.to(layer.weight.device)
         calls = lockstep.at(name, len(self.study.profile.layers[name].calls))
-        pairs = ((x, answer.index_select(dim, outputs)) for x, answer in calls)
+        pairs: Iterable[tuple[Tensor, Tensor]] = ((x, answer.index_select(dim, outputs)) for x, answer in calls)
+        if name in self.rectified:
+            pairs = list(pairs)  # the runs that stand still hold them anyway
+            if self._refit_through(name, model, pairs, lockstep.samples, outputs, beside):
+                return
         seen = gather_paired(layer, pairs, samples=lockstep.samples, seed=self.study.seed)
         if seen is None:
             return
@@ -518,6 +749,76 @@ class _Work:
             if layer.bias is not None:
                 layer.bias.copy_(corrected_bias(layer.weight, layer.bias, weight, seen))
             layer.weight.copy_(weight)
+
+    def _refit_through(
+        self,
+        name: str,
+        model: nn.Module,
+        reached: Sequence[tuple[Tensor, Tensor]],
+        samples: int,
+        outputs: Tensor,
+        beside: _Beside,
+    ) -> bool:
+        """The same for what the next rectifier makes of the answer; False where that cannot be done."""
+        what, layer = self.rectified[name], model.get_submodule(name)
+        norm = model.get_submodule(what.norm) if what.norm else None
+        assert is_layer(layer)
+        dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+        scale = layer.weight.new_ones(len(outputs))
+        shift = torch.zeros_like(scale)
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+            scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.detach())
+            shift = (0.0 if norm.bias is None else norm.bias.detach()) - scale * norm.running_mean
+        if bool((scale.abs() < LEAST_SCALE * scale.abs().amax()).any()):
+            return False  # no weight could turn the answers of such outputs into what they should be
+        added = beside.taken(what)
+        if what.beside is not None and (
+            len(added) != len(reached)
+            or any(now.shape != answer.shape for (_, now), (_, answer) in zip(added, reached, strict=True))
+        ):
+            return False
+        others: list[tuple[Tensor, ...]] = [(was.index_select(dim, outputs), now) for was, now in added]
+        others = others or [()] * len(reached)
+        calls = ((x, (answer, *more)) for (x, answer), more in zip(reached, others, strict=True))
+        rows = paired_rows(layer, calls, samples=samples, seed=self.study.seed)
+        if rows is None:
+            return False
+        x, (answer, *both) = rows
+        wanted, now = scale * answer + shift, shift
+        if both:
+            wanted, now = wanted + both[0], shift + both[1]
+        flat = layer.weight.detach().flatten(1)
+        weight, constant = rectified.fit(x, wanted, now, scale, flat, ceiling=what.ceiling, ridge=RIDGE)
+        with torch.no_grad():
+            layer.weight.copy_(weight.reshape(layer.weight.shape))
+            if layer.bias is not None:
+                layer.bias.copy_(constant)
+            elif isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                norm.running_mean.sub_(constant.to(norm.running_mean))
+        return True
+
+    @cached_property
+    def rectified(self) -> dict[str, Behind]:
+        """Of the layers that can be fitted through what is behind them, what that is.
+
+        Those whose inputs can be held in memory, and whose constant has somewhere to go: a bias, or a batch norm.
+        """
+        original, found = self.study.original, {}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return {}  # every process holds a part of the inputs, and only their moments can be summed
+        for name, what in behind(original, self.coupling.analysis.trace, self.fittable).items():
+            layer = original.get_submodule(name)
+            norm = original.get_submodule(what.norm) if what.norm else None
+            assert is_layer(layer)
+            holds = isinstance(norm, _BatchNorm) and norm.running_mean is not None
+            able = isinstance(layer, nn.Linear) or layer.groups == 1
+            if (
+                able
+                and (layer.bias is not None or holds)
+                and layer.weight[0].numel() ** 2 * FEWEST_ROWS <= ROWS_NUMBERS
+            ):
+                found[name] = what
+        return found
 
     def _refit_alone(self, name: str, holder: nn.Module, outputs: Tensor, inputs: Tensor) -> None:
         """The same where the narrowed network cannot be looked into: as if what is kept reached the layer as before."""
@@ -568,6 +869,43 @@ class _Work:
             self.study.notes.append(f"ranked by l2, as {why}: {_some(names)}")
         by = self.step.select if self.step.budget is not None else "manual"
         self.study.findings.update(choices=choices, metric=metric, selected_by=by)
+
+
+class _Beside:
+    """What is added to the answers of layers, in the original and in the narrowed network, batch by batch."""
+
+    def __init__(self, original: nn.Module, narrowed: nn.Module, wanted: Sequence[Behind]) -> None:
+        self._held: dict[tuple[str, bool], tuple[list[Tensor], list[Tensor]]] = {}
+        self._hooks: list[RemovableHandle] = []
+        for name, goes_in in {what.beside for what in wanted if what.beside is not None}:
+            lists: tuple[list[Tensor], list[Tensor]] = ([], [])
+            self._held[name, goes_in] = lists
+            for model, held in zip((original, narrowed), lists, strict=True):
+                module = model.get_submodule(name)
+                if goes_in:
+                    hook = module.register_forward_pre_hook(lambda _, args, held=held: held.append(args[0].detach()))
+                else:
+                    hook = module.register_forward_hook(lambda _, args, made, held=held: held.append(made.detach()))
+                self._hooks.append(hook)
+
+    def taken(self, what: Behind) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch the original's and the narrowed network's; empty where runs were started several times."""
+        if what.beside is None:
+            return []
+        was, now = self._held[what.beside]
+        found = list(zip(was, now, strict=True)) if len(was) == len(now) else []
+        was.clear()
+        now.clear()
+        return found
+
+    def close(self) -> None:
+        """Watch no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _key(kept: Mapping[str, Sequence[int]]) -> str:
+    return repr(sorted((name, tuple(units)) for name, units in kept.items()))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -52,6 +52,21 @@ def slices(tensor: Tensor, site: Site, units: int) -> list[Tensor]:
     return found
 
 
+def joint(model: nn.Module, group: Group) -> list[Tensor]:
+    """What makes a group's units: slices of the model's own parameters with a row for every unit, for gradients.
+
+    Args:
+        model: with the parameters that the group was found in, whatever their values.
+        group: whose producers' weights are wanted.
+    """
+    found = []
+    for site in group.producers():
+        order = site.units.argsort(kind="stable")
+        rows = model.get_parameter(site.tensor).movedim(site.dim, 0)[torch.from_numpy(site.indices[order])]
+        found.append(rows.reshape(group.size, -1))
+    return found
+
+
 def members(coupling: Coupling, group: Group, roles: Collection[str]) -> list[Tensor]:
     """All slices of a group at sites of these roles, as `slices` gives them."""
     tensors = coupling.analysis.trace.tensors

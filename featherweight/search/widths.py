@@ -104,24 +104,97 @@ def least_loss(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[s
     return search.filled(best)
 
 
-def alike(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[str, int]:
+def alike(
+    curves: Mapping[str, Curve], bills: Mapping[str, Bill], shape: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """The same share of every group, as large as the limits allow.
 
-    Args, raises: as `least_loss`.
+    Args:
+        curves: of every group that the bills name.
+        bills: the costs to keep within their limits, by metric.
+        shape: by group, the number of units to take shares of; of every group all of its units by default.
+    Raises:
+        BudgetError: as of `least_loss`.
     """
     search = _Search(curves, bills)
     search.check()
+    whole = shape or {name: float(curve.widths[-1]) for name, curve in curves.items()}
 
     def kept(share: float) -> dict[str, int]:
-        return {name: nearest(curve.widths, share * curve.widths[-1]) for name, curve in curves.items()}
+        return {name: nearest(curve.widths, share * whole[name]) for name, curve in curves.items()}
 
-    if search.within(kept(1.0)):
-        return kept(1.0)
-    low, high = 0.0, 1.0
+    low, high = 0.0, max(curve.widths[-1] / whole[name] for name, curve in curves.items())
+    if search.within(kept(high)):
+        return kept(high)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if search.within(kept(middle)) else (low, middle)
     return kept(low)
+
+
+def between(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[str, int]:
+    """Halfway between `least_loss` and `alike`: widths in proportion to the geometric mean of theirs.
+
+    Args, raises: as `least_loss`.
+    """
+    one, other = least_loss(curves, bills), alike(curves, bills)
+    return alike(curves, bills, {name: float(np.sqrt(one[name] * other[name])) for name in curves})
+
+
+def ranked(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[str, int]:
+    """All units of all groups in one ranking by what each of them loses: those stay that lose more than a threshold.
+
+    Args, raises: as `least_loss`.
+    """
+    return ranked_within(curves, bills, dict.fromkeys(curves, ""))
+
+
+def ranked_within(curves: Mapping[str, Curve], bills: Mapping[str, Bill], classes: Mapping[str, str]) -> dict[str, int]:
+    """The same share of every class of groups, in it by one ranking of all its units.
+
+    Fang et al., Isomorphic pruning for vision models, 2024, arxiv.org/abs/2407.04616.
+
+    Args:
+        curves: of every group that the bills name.
+        bills: the costs to keep within their limits, by metric.
+        classes: of every group. With all in one class this is `ranked`.
+    Raises:
+        BudgetError: as of `least_loss`.
+    """
+    search = _Search(curves, bills)
+    search.check()
+    members: dict[str, list[str]] = {}
+    for name in curves:
+        members.setdefault(classes[name], []).append(name)
+
+    def above(names: Sequence[str], threshold: float) -> dict[str, int]:
+        found = {}
+        for name in names:
+            total = search.losses[name] + threshold * search.widths[name]
+            found[name] = curves[name].widths[len(total) - 1 - int(np.argmin(total[::-1]))]
+        return found
+
+    def kept(share: float) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for names in members.values():
+            wanted = share * sum(curves[name].widths[-1] for name in names)
+            most = max(float(search.losses[name].max()) for name in names)
+            low, high = 1e-12 * most + 1e-30, 10 * most + 1e-30  # above all that any unit can be worth
+            for _ in range(_BISECTIONS):
+                middle = float(np.sqrt(low * high))
+                low, high = (low, middle) if sum(above(names, middle).values()) <= wanted else (middle, high)
+            found.update(above(names, high))
+        return found
+
+    full = {name: curve.widths[-1] for name, curve in curves.items()}
+    if search.within(full):
+        return full
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS // 2):
+        middle = (low + high) / 2
+        low, high = (middle, high) if search.within(kept(middle)) else (low, middle)
+    best = kept(low)
+    return search.filled(best if search.within(best) else {name: curve.widths[0] for name, curve in curves.items()})
 
 
 def nearest(widths: Sequence[int], wanted: float) -> int:

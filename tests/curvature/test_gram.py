@@ -409,10 +409,10 @@ def test_the_same_positions_are_looked_at_in_both() -> None:
 
 
 def test_no_more_rows_are_looked_at_than_a_fit_can_use() -> None:
-    model, x = conv_net(), [Inputs((part,)) for part in randn(60, 2, 6, 6).split(20)]
+    model, x = conv_net(), [Inputs((part,)) for part in randn(90, 2, 6, 6).split(30)]
     found = paired(model, copy.deepcopy(model), "0", x)
     width = found.gram.shape[-1]
-    assert found.rows == ROWS_A_COLUMN * width < 60 * 36
+    assert found.rows == ROWS_A_COLUMN * width < 90 * 36
 
 
 def test_what_is_written_into_an_input_later_is_not_seen() -> None:

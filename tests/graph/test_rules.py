@@ -49,6 +49,9 @@ FREEZING = {
         "a sum over slices that are not zero where their weights are"),
     "division by what may be zero": (
         lambda s, x: head(s, (y := s.a(x)) / y.mean((2, 3), keepdim=True)), "division by a slice that is zero"),
+    "a standardised weight": (
+        lambda s, x: F.conv2d(s.a(x), F.batch_norm(s.w.flatten(1)[None], None, None, training=True).view(8, 8, 1, 1)),
+        "a mean and a variance are taken along it"),
     "the output": (lambda s, x: s.a(x), "it is the network's output"),
 }  # fmt: skip
 
@@ -56,7 +59,15 @@ FREEZING = {
 @pytest.mark.parametrize("name", FREEZING)
 def test_what_cannot_go_is_listed_with_its_reason(name):
     forward, reason = FREEZING[name]
-    model = randomised(Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(1, 1, 1), fc=nn.Linear(8, 3)))
+    model = randomised(
+        Net(
+            forward,
+            a=nn.Conv2d(3, 8, 3),
+            b=nn.Conv2d(1, 1, 1),
+            fc=nn.Linear(8, 3),
+            w=nn.Parameter(torch.randn(8, 8, 1, 1)),
+        )
+    )
     coupling = couple(model, example(IMAGE))
     assert not coupling.groups
     assert reason in str(coupling.frozen["a.weight", 0])
@@ -110,6 +121,7 @@ def test_attention_with_fewer_dims_keeps_its_temperature():
     dims = next(group for group in coupling.groups if group.kind == "head dims")
     narrowed = narrow(model, coupling, {dims.name: range(3)})
     assert narrowed.narrowing.form == "graph"
+    assert "leaves the scale of attention to the width of a head" in narrowed.narrowing.why
     assert_equals_masked(model, example(shape), narrowed)
 
 

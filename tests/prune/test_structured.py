@@ -17,6 +17,7 @@ from featherweight.edits import Narrow, Replace
 from featherweight.errors import BudgetError, NoEffect, RecipeError
 from featherweight.graph import GraphError
 from featherweight.prune.structured import SCORES
+from featherweight.score import Divergence
 
 
 class Wide(nn.Module):
@@ -184,7 +185,7 @@ def test_a_score_that_says_nothing_of_a_group_is_replaced_and_that_is_said():
 # Budgets
 
 
-@pytest.mark.parametrize("select", ["optimal", "uniform"])
+@pytest.mark.parametrize("select", ["optimal", "uniform", "between", "global", "classes"])
 @pytest.mark.parametrize("budget", [fw.Budget(macs=0.5), fw.Budget(params=0.4), fw.Budget(bytes=0.7)], ids=str)
 def test_a_budget_is_met_from_below_and_used_up(budget, select):
     model = make(Wide)
@@ -194,6 +195,94 @@ def test_a_budget_is_met_from_below_and_used_up(budget, select):
     before, after = (profile(m, task.inputs()).total.metric(metric) for m in (model, compressed.model))
     assert after <= share * before
     assert after >= 0.99 * share * before or "of the limit" in notes(compressed)
+
+
+def test_of_the_widths_that_are_tried_out_the_best_are_taken():
+    model = make(Wide)
+    task = task_of(model, 128)
+    away = {
+        select: Divergence(model, task)(
+            fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.4), select=select), task=task).model
+        )
+        for select in ("optimal", "between", "uniform")
+    }
+    chosen = fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.4)), task=task)
+    assert Divergence(model, task)(chosen.model) <= min(away.values()) * 1.001
+    assert "widths were chosen by measured divergence: optimal" in notes(chosen)
+
+
+def test_a_threshold_takes_what_loses_no_more_than_it():
+    model = planted(twins=False)
+    for threshold, score in ((0.3, "l1"), (1e-3, "loss")):
+        step = prune.Channels(threshold=threshold, score=score)
+        choices = fw.compress(model, step, task=task_of(model, 64)).ledger.steps[0].choices
+        for choice in choices.values():
+            lost = [point.predicted_loss for point in choice.curve]
+            assert choice.chosen.predicted_loss == max(loss for loss in lost if loss <= threshold)
+    assert int(choices["one channels"].chosen.setting.split()[0]) <= 18, "six channels are always zero"
+
+
+def test_scores_by_gradient_find_what_the_answers_do_not_depend_on():
+    model = make(Wide)
+    with torch.no_grad():
+        model.two.weight[:, ::2] = 0  # nothing reads every other channel of `one`
+        model.one.weight[::2] *= 10
+    for score in ("taylor", "fisher", "hessian", "input_l2"):
+        step = prune.Channels(ratio={"one *": 0.5}, score=score, reconstruct=False)
+        (edit,) = fw.compress(model, step, task=task_of(model, 32)).edits
+        assert isinstance(edit, Narrow)
+        if score == "input_l2":
+            assert edit.narrowing.kept["one channels"] == tuple(range(1, 24, 2))
+        else:  # weights of a channel that nothing reads have no gradient
+            assert set(edit.narrowing.kept["one channels"]) == set(range(1, 24, 2))
+
+
+@pytest.mark.parametrize("penalty", ["group_lasso", "growing", "slimming"])
+def test_a_penalty_drives_units_to_zero_before_they_go(penalty):
+    model = make(Wide)
+    images = Wide.data(64)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        target = model(images).argmax(1)
+    seen = {}
+
+    def train(given: nn.Module, epochs: float, loss=None) -> None:
+        optimizer = torch.optim.SGD(given.parameters(), lr=0.02)
+        for _ in range(round(60 * epochs)):
+            optimizer.zero_grad()
+            loss(given(images), target).backward()
+            optimizer.step()
+        seen["scales"] = given.norm.weight.detach().abs().sort().values
+        seen["filters"] = given.two.weight.detach().flatten(1).norm(dim=1).sort().values
+
+    weight = {"group_lasso": 0.5, "growing": 20.0, "slimming": 0.5}[penalty]
+    step = prune.Channels(ratio=0.5, score="l2", penalty=penalty, penalty_weight=weight, penalty_epochs=2)
+    small = fw.compress(model, step, task=task_of(model, 64, train=train))
+    assert sizes(small)["two"] == 16
+    if penalty == "slimming":
+        assert float(seen["scales"].sum()) < 0.6 * float(before["norm.weight"].abs().sum())
+    else:
+        was = before["two.weight"].flatten(1).norm(dim=1).sort().values
+        assert float(seen["filters"][:16].sum()) < 0.6 * float(was[:16].sum())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_penalty_without_anything_to_put_it_on_is_an_error():
+    model = make(Transformer)
+    step = prune.Channels(ratio=0.5, penalty="slimming")
+    with pytest.raises(RecipeError, match="the model has no batch norms with scales"):
+        fw.compress(model, step, task=task_of(model, train=lambda *_, **__: None))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "geometric"])
+def test_rounds_on_other_schedules_end_at_the_same_widths(schedule):
+    model = make(Wide)
+    task = task_of(model, 64)
+    ends = [
+        sizes(fw.compress(model, prune.Channels(ratio=0.5, rounds=3, schedule=kind), task=task))
+        for kind in ("cubic", schedule)
+    ]
+    assert all(abs(ends[0][name] - ends[1][name]) <= 1 for name in ends[0]), ends  # every round gives whole numbers
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
@@ -319,14 +408,21 @@ def test_where_there_is_nothing_of_its_kind_that_is_said():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "give one of budget= and ratio="),
-        ({"budget": fw.Budget(macs=0.5), "ratio": 0.5}, "give one of budget= and ratio="),
+        ({}, "give one of budget=, ratio= and threshold="),
+        ({"budget": fw.Budget(macs=0.5), "ratio": 0.5}, "give one of budget=, ratio= and threshold="),
+        ({"threshold": -1.0}, "threshold is -1.0: it is what may be lost, 0 or more"),
+        ({"threshold": 0.1, "rounds": 2}, "rounds need a budget or a ratio to go towards"),
+        ({"ratio": 0.5, "normalize": "sum"}, "normalize is 'sum': use share, none, mean"),
+        ({"ratio": 0.5, "schedule": "once"}, "schedule is 'once': use cubic, linear, geometric"),
+        ({"ratio": 0.5, "penalty": "l0"}, "penalty is 'l0': use group_lasso, growing, slimming"),
+        ({"ratio": 0.5, "penalty": "slimming"}, "penalty needs Task(train=...)"),
+        ({"ratio": 0.5, "penalty": "slimming", "penalty_weight": 0.0}, "penalty_weight and penalty_epochs must be"),
         ({"budget": fw.Budget(drop=0.1)}, "is no limit that widths can be chosen by"),
         ({"budget": fw.Budget(energy=0.5)}, "energy is no cost that widths can be chosen by: use macs, params, bytes"),
         ({"ratio": 1.0}, "ratio is 1.0: it is the share of units to remove, from 0 up to but not 1"),
         ({"ratio": {"one *": -0.5}}, "ratio is -0.5"),
         ({"ratio": 0.5, "score": "l3"}, "score is 'l3': use loss, lasso, l1"),
-        ({"ratio": 0.5, "select": "best"}, "select is 'best': use optimal or uniform"),
+        ({"ratio": 0.5, "select": "best"}, "select is 'best': use measured, optimal, between, uniform"),
         ({"ratio": 0.5, "multiple_of": 0}, "multiple_of is 0: it must be at least 1"),
         ({"ratio": 0.5, "minimum": {"*": 0}}, "minimum is 0: it must be at least 1"),
         ({"ratio": 0.5, "samples": 0}, "samples and rounds must be at least 1"),
@@ -343,7 +439,9 @@ def test_a_setting_that_cannot_be_is_said_in_words(settings, said):
     assert any(said in problem for problem in problems), problems
 
 
-@pytest.mark.parametrize("settings", [{"reconstruct": True}, {"score": "lasso"}, {"score": "activation"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"reconstruct": True}, *({"score": score} for score in ("lasso", "activation", "taylor"))], ids=str
+)
 def test_what_needs_calibration_data_says_so(settings):
     model = make(Residual)
     (problem,) = prune.Channels(ratio=0.5, **settings).problems(model, fw.Task(Residual.data(1)))
@@ -510,13 +608,14 @@ def test_layers_that_are_no_plain_ones_are_narrowed_and_keep_their_weights(kind)
 
 def test_a_width_in_the_code_makes_a_graph_which_says_why_and_is_refitted(tmp_path):
     model = make(Written)
-    compressed = fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.5)), task=task_of(model, 128))
+    step = prune.Channels(budget=fw.Budget(macs=0.5), select="optimal")
+    compressed = fw.compress(model, step, task=task_of(model, 128))
     assert "a captured graph, no longer of its own class: its code has sizes written into it" in notes(compressed)
     (edit,) = compressed.edits
     assert edit.narrowing.form == "graph"
     assert "as a graph: its code has sizes" in edit.describe()
     same = make(Wide)
-    module = fw.compress(same, prune.Channels(budget=fw.Budget(macs=0.5)), task=task_of(same, 128))
+    module = fw.compress(same, step, task=task_of(same, 128))
     assert sizes(compressed) == sizes(module), "the same network, the same choice"
     assert off(model, compressed) < 2 * off(same, module)
 

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.errors import BudgetError
-from featherweight.search.widths import Bill, Curve, Length, Term, alike, least_loss, nearest
+from featherweight.search.widths import (
+    Bill,
+    Curve,
+    Length,
+    Term,
+    alike,
+    between,
+    least_loss,
+    nearest,
+    ranked,
+    ranked_within,
+)
 
 Problem = tuple[dict[str, Curve], dict[str, Bill]]
 
@@ -188,3 +199,30 @@ def test_the_nearest_width_and_of_two_the_narrower():
     assert nearest((2, 4, 8), 5.1) == 4
     assert nearest((2, 4, 8), 6) == 4
     assert nearest((2, 4, 8), 0) == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem=problems(convex=True))
+@pytest.mark.parametrize("select", [between, ranked], ids=lambda select: select.__name__)
+def test_other_ways_keep_the_limits_too(select, problem):
+    curves, bills = problem
+    try:
+        chosen = select(curves, bills)
+    except BudgetError:
+        assert not within(bills, {name: curve.widths[0] for name, curve in curves.items()})
+        return
+    assert within(bills, chosen)
+    assert all(chosen[name] in curve.widths for name, curve in curves.items())
+
+
+def test_one_ranking_takes_the_units_that_lose_least_wherever_they_are():
+    sizes = [8, 8]
+    curves = {
+        "0": Curve(tuple(range(1, 9)), tuple(float(8 - n) ** 2 * 0.01 for n in range(1, 9))),
+        "1": Curve(tuple(range(1, 9)), tuple(float(8 - n) ** 2 for n in range(1, 9))),
+    }
+    bills = {"macs": chain(sizes, 0.6)}
+    assert ranked(curves, bills)["1"] == 8
+    assert ranked(curves, bills)["0"] < 8
+    apart = ranked_within(curves, bills, {"0": "one", "1": "other"})
+    assert abs(apart["0"] - apart["1"]) <= 2, "each class keeps the same share"

@@ -82,8 +82,15 @@ def _consume(call: Call, x: Axis, weight: Axis) -> None:
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm")
 def channel_norm(call: Call) -> Value:
-    """Every channel alone; with a scale and a shift, a removed channel is zero after it."""
+    """Every channel alone; with a scale and a shift, a removed channel is zero after it.
+
+    Statistics that are not the running ones are taken along all other dimensions: of a standardised weight, along its
+    inputs.
+    """
     x = list(call.axes("input"))
+    if call.operation == "instance_norm" or call.given("running_mean") is None:
+        along = x[2:] if call.operation == "instance_norm" else [x[0], *x[2:]]
+        call.fix(along, "a mean and a variance are taken along it")
     scaled = [call.given(name) for name in ("weight", "bias", "running_mean", "running_var")]
     for tensor in scaled:
         if tensor is not None:
