@@ -17,6 +17,7 @@ from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.separable import Separable
+from featherweight.forms.signed_input import SignedInput, WithSignedInput
 from featherweight.forms.signs import Binary, Signs, Ternary
 
 __all__ = [
@@ -38,9 +39,11 @@ __all__ = [
     "Masked",
     "Removed",
     "Separable",
+    "SignedInput",
     "Signs",
     "Stored",
     "Ternary",
+    "WithSignedInput",
     "constrained_tensors",
     "constraints_on",
     "is_layer",

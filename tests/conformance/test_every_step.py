@@ -73,7 +73,12 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
         "in turn": {"bits": 2, "budget": fw.Budget(drop=0.0), "effort": "adaround"},
         "halves": {"bits": "bf16"},
     },
-    quantize.Binary: {"plain": {}, "trained": {"epochs": 2}, "optimal": {"budget": fw.Budget(bytes=0.4)}},
+    quantize.Binary: {
+        "plain": {},
+        "signs alone": {"activations": True, "epochs": 1},
+        "trained": {"epochs": 2},
+        "optimal": {"budget": fw.Budget(bytes=0.4)},
+    },
     quantize.Ternary: {"plain": {}, "without data": {"data_aware": False}},
 }
 # The networks that each step is tested on: it finds something to change in all of them.
