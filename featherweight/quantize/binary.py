@@ -49,7 +49,8 @@ class _Few(Rounding):
             yield from super().edits(study)
             return
         bench = self._bench(study)
-        plan = self.choose(bench).plan
+        choosing = self.choose(bench)
+        plan = choosing.plan
         for name in plan.layers:
             values = {f"layer.{key}": value for key, value in bench.layers[name].state_dict().items()}
             yield Replace(name, SignedInput(), values)
@@ -58,6 +59,7 @@ class _Few(Rounding):
         left = {name: reason for name, reason in bench.left.items() if name not in plan.layers}
         for edit in step.edits(study.again()):
             yield replace(edit, reason=left.get(edit.layer, edit.reason)) if isinstance(edit, Leave) else edit
+        bench.record(choosing)  # by the names that the layers had
 
 
 @dataclass(frozen=True)
