@@ -211,7 +211,7 @@ def _write_gradients(study: Study, layers: Mapping[str, Layer], samples: int) ->
     weights = {name: beneath(cast(Layer, model.get_submodule(name))).requires_grad_() for name in layers}
     squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     generator, count = torch.Generator().manual_seed(study.seed), 0
-    loss = study._loss()
+    loss = study.probe()
     with mode(model, training=False):
         for inputs in study.task.batches(model, samples):
             found = torch.autograd.grad(loss(inputs.into(model), generator), [*weights.values()], allow_unused=True)
