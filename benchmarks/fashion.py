@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "fashi
 from data import FASHION_MNIST, load
 from network import load_network
 
-__all__ = ["accuracy", "calibration", "load_network", "task"]
+__all__ = ["accuracy", "calibration", "load_network", "split", "task"]
 
 
 @cache
-def _split(name: str) -> tuple[Tensor, Tensor]:
+def split(name: str) -> tuple[Tensor, Tensor]:
     split = load(name)
     if split.name != FASHION_MNIST:
         raise SystemExit("Fashion-MNIST is not to be had here, and the figures are of that: see examples/fashion_mnist")
@@ -29,7 +29,7 @@ def _split(name: str) -> tuple[Tensor, Tensor]:
 
 def accuracy(network: nn.Module) -> float:
     """Per cent of the 10,000 test images classified right."""
-    images, labels = _split("test")
+    images, labels = split("test")
     network.eval()
     with torch.no_grad():
         answers = torch.cat([network(batch).argmax(1) for batch in images.split(500)])
@@ -38,7 +38,7 @@ def accuracy(network: nn.Module) -> float:
 
 def calibration(seed: int, samples: int = 512) -> tuple[Tensor, ...]:
     """Unlabelled training images in batches of 64, another sample of them for every seed."""
-    images, _ = _split("train")
+    images, _ = split("train")
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
     return images[chosen].split(64)
 

@@ -101,6 +101,30 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def named_tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor in nested tuples, lists, dicts, dataclasses and model outputs, by where it is, such as ``0.boxes``.
+
+    A tensor by itself is called ``output``.
+    """
+    if isinstance(value, Tensor):
+        return {name or "output": value}
+    if isinstance(value, Mapping):
+        parts = {str(key): item for key, item in value.items()}
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        parts = {key: getattr(value, key) for key in value.__dataclass_fields__}
+    elif hasattr(value, "_fields"):  # a named tuple
+        parts = {key: getattr(value, key) for key in value._fields}
+    elif isinstance(value, tuple | list):
+        parts = {str(index): item for index, item in enumerate(value)}
+    else:
+        parts = getattr(value, "__dict__", {})
+    return {
+        path: tensor
+        for key, item in parts.items()
+        for path, tensor in named_tensors(item, f"{name}.{key}" if name else key).items()
+    }
+
+
 def sketch(inputs: Inputs) -> dict[str, Any]:
     """The shapes, types and ranges of inputs as JSON-ready data, without their values."""
 
@@ -110,7 +134,8 @@ def sketch(inputs: Inputs) -> dict[str, Any]:
         if value.is_floating_point() or value.is_complex():
             flat = torch.view_as_real(value) if value.is_complex() else value
             flat = flat.detach().double()
-            spread = [float(flat.mean()), float(flat.std(correction=0))] if value.numel() else [0.0, 0.0]
+            moments = (flat.mean(), flat.std(correction=0)) if value.numel() else (0.0, 0.0)
+            spread = [float(f"{float(moment):.6g}") for moment in moments]  # short, for small files
         else:
             spread = [int(value.min()), int(value.max())] if value.numel() else [0, 0]
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "spread": spread}

@@ -17,11 +17,13 @@ from rich.console import Console, RenderableType
 from torch import nn
 
 from featherweight import __version__
+from featherweight.code.tensors import CODINGS
 from featherweight.compressed import load, plans, time_side_by_side
 from featherweight.errors import FeatherweightError, TaskError
-from featherweight.inspection import inspect
+from featherweight.inspection import inspect, inspect_file
 from featherweight.ledger import Ledger
 from featherweight.machine import backends, processor
+from featherweight.packing import pack, unpack
 from featherweight.recipe import Recipe
 from featherweight.report import words, write
 from featherweight.report.table import table
@@ -61,6 +63,9 @@ def _tell(news: str, style: str = "") -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.project.endswith(".fw"):
+        _show(inspect_file(options.project))
+        return
     model, task = _project(options.project)
     _show(inspect(model, task))
 
@@ -129,6 +134,16 @@ def _doctor(options: argparse.Namespace) -> None:
         _show("Sums of products of 8-bit numbers overflow here: quantize.Static leaves weights a bit of headroom.")
 
 
+def _pack(options: argparse.Namespace) -> None:
+    size = pack(options.source, options.target, coding=options.coding)
+    whole = Path(options.source).stat().st_size
+    _show(f"{options.target}: {words.size(size)}, {size / whole:.1%} of {words.size(whole)}")
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    _show(f"{options.target}: {words.size(unpack(options.source, options.target))}")
+
+
 def _project(path: str) -> tuple[nn.Module, Task]:
     """The model and task that a project file makes.
 
@@ -180,7 +195,10 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("project", help="a Python file that defines model() and task()")
         return made
 
-    add(_inspect, "what the model costs, layer by layer, and what could be replaced")
+    inspect_it = add(
+        _inspect, "what a model costs, layer by layer, or where the bytes of a .fw file went", project=False
+    )
+    inspect_it.add_argument("project", help="a Python file that defines model() and task(), or a .fw file")
     plan = add(_plan, "what a recipe would choose; changes nothing")
     run = add(_run, "carry out a recipe: the model, its ledger and its report go to a folder")
     for command in (plan, run):
@@ -207,6 +225,13 @@ def _parser() -> argparse.ArgumentParser:
         "--runtime", nargs="+", default=["torch", "onnxruntime"], help="torch, onnxruntime (default: both)"
     )
     bench.add_argument("--repeats", type=int, default=50, help="timed calls (default: 50)")
+    packing = add(_pack, "a safetensors file as a smaller .fw file, to the last bit", project=False)
+    packing.add_argument("source", help="a safetensors file")
+    packing.add_argument("target", help="the .fw file to write")
+    packing.add_argument("--coding", choices=CODINGS, default="small", help="small, fast or huffman (default: small)")
+    unpacking = add(_unpack, "a .fw file as a safetensors file", project=False)
+    unpacking.add_argument("source", help="a .fw file")
+    unpacking.add_argument("target", help="the safetensors file to write")
     return parser
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from featherweight import artifact
 from featherweight.batch import Inputs, as_inputs, sketch, sketched
+from featherweight.code.tensors import Coding
 from featherweight.cost.latency import measure, torch_run
 from featherweight.edits import Edit
 from featherweight.errors import ExportError
@@ -52,13 +53,28 @@ class Compressed:
         """What was made of every layer, as a plan to edit and to run again; of the last step that replaced layers."""
         return ([plan for _, plan in plans(self.ledger)] or [Plan("")])[-1]
 
-    def save(self, path: str | os.PathLike[str]) -> int:
-        """Write model and record to one file, and return its size in bytes.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ledger: bool = True,
+        coding: Coding = "small",
+        fold: bool = False,
+    ) -> int:
+        """Write the model to one file, and return its size in bytes.
 
+        Args:
+            path: where to.
+            ledger: whether the record goes into the file too; it may be as large as a small network.
+            coding: ``small`` for the least bytes; ``fast``; ``huffman``, as Deep Compression has it, to compare with.
+            fold: take the statistics of batch norms into their weights, which makes the file smaller. In evaluation
+                mode the answers stay the same up to rounding; a model that is to be trained on is better left as it is.
         Raises:
             ArtifactError: the file cannot be written; what was there before is still there.
         """
-        size = artifact.save(path, self.model, self.edits, self.ledger, sketch(self.example))
+        record = self.ledger if ledger else None
+        options: dict[str, Any] = {"coding": coding, "fold": fold}
+        size = artifact.save(path, self.model, self.edits, record, sketch(self.example), **options)
         self._add(file_bytes={**self.ledger.file_bytes, Path(path).name: size})
         return size
 
@@ -167,17 +183,18 @@ def plans(ledger: Ledger) -> list[tuple[int, Plan]]:
     return [(n, Plan.from_json({"step": entry.step, "layers": entry.plan})) for n, entry in chosen]
 
 
-def load(path: str | os.PathLike[str], into: nn.Module) -> Compressed:
+def load(path: str | os.PathLike[str], into: nn.Module, *, dense: bool = False) -> Compressed:
     """A compressed model from its file, in a copy of a freshly made model.
 
     Args:
         path: what `Compressed.save` wrote.
         into: the model as it was before compression, such as ``make_model()``; its values do not matter, and it is not
             changed.
+        dense: give plain weights. By default masks, grids and tables are there as they were, for further training.
     Raises:
         ArtifactError: the file is missing, foreign, newer, truncated or damaged, or is another model's.
     """
-    model, edits, ledger, example = artifact.load(path, copy.deepcopy(into))
+    model, edits, ledger, example = artifact.load(path, copy.deepcopy(into), dense)
     return Compressed(model.eval(), edits, ledger, sketched(example))
 
 

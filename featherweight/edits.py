@@ -21,6 +21,7 @@ from featherweight.forms import (
     Masked,
     Rounded,
     Rounding,
+    beneath,
     constrained_tensors,
     constraints_on,
     released,
@@ -104,7 +105,8 @@ class Constrain(Edit):
                 layer.load_state_dict(dict(self.values))
             except RuntimeError as error:
                 raise EditError(f"the values for {self.layer!r} are not those of {self.constraint}: {error}") from error
-            made.check(getattr(layer, self.constraint.tensor).shape)
+            # Not the confined tensor's, which cannot be made of such as they should not be.
+            made.check(beneath(layer, self.constraint.tensor).shape)
         return model
 
     def describe(self) -> str:

@@ -14,13 +14,14 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
+from featherweight.cost.confined import confined
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics, gather_paired, my_share
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Edit, Leave, Replace, remade
 from featherweight.errors import RecipeError, TaskError, did_you_mean
-from featherweight.forms import Form, Layer, is_layer
+from featherweight.forms import Constraint, Form, Layer, is_layer
 from featherweight.layers import layer_names, nearest, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, finetune, reestimate_batch_norm
@@ -307,7 +308,7 @@ class _Bench:
         options: dict[str, tuple[Option, ...]] = {}
         for name, layer in self.layers.items():
             # A layer inside a replaced one has no row: what is of the values alone can be priced without its calls.
-            calls, whole = (rows[name].calls, rows[name].cost) if name in rows else ((), price(layer, ()))
+            calls, whole = rows[name].calls if name in rows else (), self._whole(name)
             found = self.step.priced(name, layer, calls)
             cheaper = [o for o in found if any(o.cost.metric(m) < whole.metric(m) for m in metrics)]
             if cheaper:
@@ -325,6 +326,21 @@ class _Bench:
             losses = self.step.losses(self.layers[name], others, self.statistics.get(name))
             options[name] = (whole, *(replace(o, loss=loss) for o, loss in zip(others, losses, strict=True)))
         return replace(self.prices, options=options)
+
+    def _whole(self, name: str) -> Cost:
+        """What a layer costs as it is."""
+        rows = self.study.profile.layers
+        return rows[name].cost if name in rows else price(self.layers[name], ())
+
+    def offer(self, name: str, form: Constraint) -> None:
+        """Put a constraint that the settings spell out among its layer's options; before these are weighed."""
+        prices = self.prices
+        whole, *others = prices.options.get(name) or (Option(name, None, self._whole(name), 0.0),)
+        if all(option.form != form for option in others):
+            others.append(Option(name, form, confined(whole.cost, self.layers[name], form), 0.0))
+            others.sort(key=lambda option: option.cost.metric(self.metrics[0]))
+            self.__dict__["prices"] = replace(prices, options={**prices.options, name: (whole, *others)})
+            self.left.pop(name, None)
 
     def row_costs(self, plan: Plan) -> dict[str, Cost]:
         """What the rows of the profile would cost under a plan; layers inside a replaced one count to its row."""
@@ -381,7 +397,9 @@ class _Bench:
     @cached_property
     def _identity(self) -> tuple[str, ...]:
         """What a score depends on beside the layer and its option: the model, the data, and how values are fitted."""
-        settings = f"{self.step.name} data_aware={self.aware} samples={self.step.samples} seed={self.study.seed}"
+        chosen = ("budget", "select", "ignore", "epochs", "epochs_per_layer")
+        own = sorted((k, repr(v)) for k, v in self.step.settings().items() if k not in chosen)
+        settings = f"{self.step.name} {own} data_aware={self.aware} seed={self.study.seed}"
         return (fingerprint(self.study.original), self.study.task.fingerprint(), repr(self.baseline), settings)
 
     # Carrying out ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,32 @@ from featherweight.task import Task
 
 # Fewer samples than this say too little of a batch norm's mean and variance.
 MENDING_SAMPLES = 32
+
+
+def fold_batch_norms(model: nn.Module) -> list[str]:
+    """Take batch norms' running statistics into their weights and biases, in place; returns which.
+
+    ``(x − μ) / √(σ² + ε) · γ + β`` becomes ``x · γ' + β'`` with statistics that change nothing (mean 0, variance
+    1 − ε), which files hold in a few bytes. In evaluation mode answers stay the same up to rounding of the last
+    digits; in training mode, where statistics are the batch's, they do not: fold after training.
+
+    Args:
+        model: the network. Batch norms without weights or statistics, and such whose tensors are confined, stay.
+    """
+    folded = []
+    for name, norm in model.named_modules():
+        if not isinstance(norm, _BatchNorm) or not norm.affine or norm.running_var is None or norm.running_mean is None:
+            continue
+        if hasattr(norm, "parametrizations"):
+            continue
+        with torch.no_grad():
+            factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * factor)
+            norm.weight.copy_(factor)
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1 - norm.eps)
+        folded.append(name)
+    return folded
 
 
 def reestimate_batch_norm(
@@ -95,18 +122,34 @@ def corrected_bias(weight: Tensor, bias: Tensor, replaced: Tensor, statistics: S
     return (then - now).to(bias.dtype)
 
 
-def finetune(model: nn.Module, task: Task, epochs: float) -> None:
+def finetune(
+    model: nn.Module,
+    task: Task,
+    epochs: float,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """Train the model in place with the task's own function.
 
+    Args:
+        model: the network.
+        task: whose ``train`` does it.
+        epochs: how long.
+        loss: instead of the task's own.
+        options: what ``train`` is given besides.
+    Returns:
+        What ``train`` returned.
     Raises:
         TaskError: train raised, or left values that are not finite.
     """
     assert task.train is not None
+    given = {**({} if loss is None else {"loss": loss}), **(options or {})}
     try:
-        task.train(model, epochs)
+        done = task.train(model, epochs, **given)
     except TaskError:
         raise
     except Exception as error:
         raise TaskError(f"train(model, {epochs}) raised {type(error).__name__}: {error}") from error
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise TaskError(f"train(model, {epochs}) left NaN or infinite weights: lower its learning rate")
+    return done

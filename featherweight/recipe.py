@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
 
-VERBS = ("factorize", "prune", "quantize")
+VERBS = ("factorize", "prune", "quantize", "share", "distill", "tune")
 
 
 @dataclass(frozen=True, init=False)
@@ -72,11 +73,12 @@ class Recipe:
                 found.append(f"{step!r} is a {type(step).__name__}, not a step")
         if found:
             return found
-        for earlier, later in zip(self.steps, self.steps[1:], strict=False):
-            if later.stage < earlier.stage:
+        staged = [(step.name, step.stage) for step in self.steps if step.stage is not None]
+        for (earlier, settled), (later, settles) in itertools.pairwise(staged):
+            if settles < settled:
                 found.append(
-                    f"{later.name} settles {later.stage.name.lower()}, but {earlier.name} before it has settled "
-                    f"{earlier.stage.name.lower()}: move {later.name} above {earlier.name}"
+                    f"{later} settles {settles.name.lower()}, but {earlier} before it has settled "
+                    f"{settled.name.lower()}: move {later} above {earlier}"
                 )
         found += task.problems(model)
         if isinstance(model, nn.Module):
@@ -300,7 +302,8 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             store = str(self.folder / "evaluations.sqlite")
         reference = copy.deepcopy(self.model)
-        study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store)
+        study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store, given=self.original)
+        study.made = tuple(self.edits)
         study.__dict__["profile"] = self.profile
         return study
 
@@ -333,13 +336,13 @@ class _Run:
             self.model = study.model = edit.apply(self.model)
             done.append(edit)
         changes = [edit for edit in done if not isinstance(edit, Leave)]
-        after_score = self.scorer(self.model) if changes else score
-        if not changes:
+        after_score = self.scorer(self.model) if changes or study.trained else score
+        if not changes and not study.trained:
             study.notes.append("nothing was changed")
             reasons = sorted({edit.reason for edit in done if isinstance(edit, Leave)})
             why = "; ".join(reasons) or "no layer it could change"
             warnings.warn(f"{step.name} changed nothing: {why}", NoEffect, stacklevel=4)
-        if changes:
+        if changes or study.trained:  # what constrained values take depends on them
             self.profile = profile(self.model, self.task.inputs())
         _check_called(self.model, self.profile, changes)
         after = of_profile(self.profile, after_score)
@@ -385,7 +388,9 @@ class _Run:
     def _keep(self, index: int) -> None:
         if self.folder is None:
             return
-        artifact.save(self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger)
+        artifact.save(
+            self.folder / f"step-{index + 1}.fw", self.model, self.edits, self.ledger, coding="fast", beneath=True
+        )
         state = {"steps": index + 1, "identity": self._identity(index + 1)}
         with draft(self.folder / "run.json") as file:
             file.write_text(json.dumps(state), encoding="utf-8")

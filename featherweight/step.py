@@ -29,9 +29,12 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Step(ABC):
-    """One technique with its settings: a frozen dataclass whose fields are the settings."""
+    """One technique with its settings: a frozen dataclass whose fields are the settings.
 
-    stage: ClassVar[Stage]
+    Its stage is None where it settles nothing, such as training: then it may stand anywhere in a recipe.
+    """
+
+    stage: ClassVar[Stage | None]
 
     @property
     def name(self) -> str:

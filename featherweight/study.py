@@ -15,6 +15,7 @@ from featherweight.batch import mode
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
 from featherweight.curvature.gram import Statistics, classifier_loss, gather, regression_loss
+from featherweight.edits import Edit
 from featherweight.forms import Layer
 from featherweight.score import Scorer, class_dimension
 from featherweight.task import Task
@@ -35,6 +36,9 @@ class Study:
         notes: what the step wants the user to know, a sentence each.
         findings: what the step wants in the ledger beside its edits, by field of the ledger's entry.
         worked_out: what the step has found out when it was checked, and need not find out again.
+        given: the network that the recipe was given, the caller's own: to be copied, never to be run or changed.
+        trained: whether the step has trained the model: then values have changed that no edit tells of.
+        made: the edits of earlier steps, which a file of the model begins with.
     """
 
     model: nn.Module
@@ -47,6 +51,9 @@ class Study:
     notes: list[str] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
     worked_out: dict[str, Any] = field(default_factory=dict)
+    given: nn.Module | None = None
+    trained: bool = False
+    made: tuple[Edit, ...] = ()
 
     def again(self) -> Study:
         """A study of the model as it has become, for a step that works in rounds; notes and findings go on."""

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +71,7 @@ class Task:
         """
         from featherweight.train.fit import evaluate_loader, fit, split_target
 
-        known = set(inspect.signature(fit).parameters) - {"model", "loader", "epochs", "loss"}
-        if unknown := [f"{name!r}{did_you_mean(name, known)}" for name in settings if name not in known]:
-            raise TaskError(f"fit has no setting {', '.join(unknown)}")
+        settings = _settings_of_fit(settings)
         watched: list[Inputs] = []
         samples = 0
         for batch in test if train is None else train:
@@ -84,20 +82,114 @@ class Task:
                 break
         if not watched:
             raise TaskError("the loader yields no batches: give it at least one batch of (inputs..., target)")
-        first = watched[0]
-        example = Inputs(tuple(_first(a) for a in first.args), {k: _first(v) for k, v in first.kwargs.items()})
-
         own_loss, loader = loss, train if train is not None else ()
 
         def train_model(model: nn.Module, epochs: float, loss: Loss | None = None, **more: Any) -> Any:
             return fit(model, loader, epochs=epochs, loss=loss or own_loss, **{**settings, **more})
 
         return cls(
-            example=example,
+            example=_first_of(watched[0]),
             calibration=watched,
             evaluate=lambda model: evaluate_loader(model, test, own_loss),
             train=None if train is None else train_model,
             loss=loss,
+        )
+
+    @classmethod
+    def from_lightning(
+        cls,
+        module: nn.Module,
+        datamodule: Any,
+        *,
+        score: str | None = None,
+        loss: Loss | None = None,
+        calibration_samples: int = 512,
+        **settings: Any,
+    ) -> Task:
+        """A task out of a Lightning module and its data: trained by its ``training_step``, judged by what it logs.
+
+        Nothing of Lightning is needed, nor its Trainer used: the default loop calls the module's own steps, with the
+        optimizer and scheduler of ``configure_optimizers``. ``training_step`` has to call the module itself, as
+        ``self(x)``, for a distillation to see what it is called with.
+
+        Args:
+            module: the module; the model to compress.
+            datamodule: gives ``train_dataloader()``, and ``val_dataloader()`` or ``test_dataloader()``; of a batch as
+                many leading elements are inputs as the module's ``forward`` takes without defaults.
+            score: the name that ``validation_step`` logs and that is the score, such as ``"val_acc"``; None for minus
+                the loss that it returns, or logs as ``val_loss``.
+            loss: what the module's loss is, where a step needs to know: ``"cross_entropy"``, ``"mse"`` or a function.
+            calibration_samples: how many samples to watch.
+            settings: of :func:`featherweight.fit`; with ``optimizer``, ``lr``, ``schedule`` or ``scheduler`` among them
+                ``configure_optimizers`` is not asked.
+        Raises:
+            TaskError: module or data lack what is needed.
+        """
+        from featherweight.train.adopted import score_lightning, train_lightning
+
+        if missing := [name for name in ("training_step", "validation_step") if not hasattr(module, name)]:
+            raise TaskError(f"{type(module).__name__} has no {' and no '.join(missing)}: it is no Lightning module")
+        getattr(datamodule, "prepare_data", _nothing)()
+        getattr(datamodule, "setup", _nothing)("fit")
+        train, test = (_loader_of(datamodule, *names) for names in (("train",), ("val", "test")))
+        count = sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in inspect.signature(module.forward).parameters.values()
+        )
+        watched = _watched(train, max(1, count), calibration_samples)
+        known = _settings_of_fit(settings)
+
+        def train_module(model: nn.Module, epochs: float, loss: Any = None, **more: Any) -> Any:
+            return train_lightning(model, train, epochs, loss, **{**known, **more})
+
+        return cls(
+            example=_first_of(watched[0]),
+            calibration=watched,
+            evaluate=lambda model: score_lightning(model, test, score),
+            train=train_module,
+            loss=loss,
+        )
+
+    @classmethod
+    def from_trainer(cls, trainer: Any, *, score: str | None = None, calibration_samples: int = 512) -> Task:
+        """A task out of a Hugging Face ``Trainer``: its data, its collator, its arguments, its loss and its metrics.
+
+        Another trainer of its class is made for every training and every score; the given one is not changed.
+
+        Args:
+            trainer: has a ``train_dataset`` and an ``eval_dataset``; its model is what to compress.
+            score: the name among what ``evaluate`` returns, such as ``"accuracy"``; None for minus the loss.
+            calibration_samples: how many samples of the training data to watch.
+        Raises:
+            TaskError: it lacks what is needed.
+        """
+        from featherweight.train.adopted import score_trainer, train_trainer
+
+        needed = ("model", "args", "train_dataset", "eval_dataset", "get_train_dataloader")
+        if missing := [name for name in needed if getattr(trainer, name, None) is None]:
+            raise TaskError(f"the {type(trainer).__name__} has no {' and no '.join(missing)}")
+        takes = set(inspect.signature(trainer.model.forward).parameters) - {"labels", "label", "label_ids"}
+        watched: list[Inputs] = []
+        samples = 0
+        for batch in trainer.get_train_dataloader():
+            if not isinstance(batch, dict) and not hasattr(batch, "keys"):
+                raise TaskError(f"the trainer's batches are {type(batch).__name__}, not mappings of inputs")
+            inputs = Inputs((), {k: v for k, v in batch.items() if k in takes and isinstance(v, Tensor)})
+            watched.append(inputs)
+            samples += inputs.batch_size
+            if samples >= calibration_samples:
+                break
+        if not watched:
+            raise TaskError("the trainer's training data is empty")
+
+        def train_model(model: nn.Module, epochs: float, loss: Any = None, **settings: Any) -> Any:
+            return train_trainer(trainer, model, epochs, loss, **settings)
+
+        return cls(
+            example=_first_of(watched[0]),
+            calibration=watched,
+            evaluate=lambda model: score_trainer(trainer, model, score),
+            train=train_model,
         )
 
     def inputs(self) -> Inputs:
@@ -317,6 +409,64 @@ def _source(value: Any) -> str:
     # Of anything else only its kind: a representation may hold an address, which differs from run to run.
     call = vars(type(value)).get("__call__")
     return f"{type(value).__qualname__} {_source(call) if isinstance(call, types.FunctionType) else ''}"
+
+
+def _settings_of_fit(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, all of which `fit` has.
+
+    Raises:
+        TaskError: it does not.
+    """
+    from featherweight.train.fit import fit
+
+    known = set(inspect.signature(fit).parameters) - {"model", "loader", "epochs", "loss"}
+    if unknown := [f"{name!r}{did_you_mean(name, known)}" for name in settings if name not in known]:
+        raise TaskError(f"fit has no setting {', '.join(unknown)}")
+    return settings
+
+
+def _nothing(*_: Any) -> None:
+    """What a data module does that has nothing to prepare."""
+
+
+def _loader_of(datamodule: Any, *names: str) -> Iterable[Any]:
+    """The first loader that the data module has of these.
+
+    Raises:
+        TaskError: it has none.
+    """
+    for name in names:
+        made = getattr(datamodule, f"{name}_dataloader", _nothing)()
+        if isinstance(made, list | tuple) and len(made) == 1 and isinstance(made[0], DataLoader):
+            made = made[0]
+        if made is not None:
+            return cast(Iterable[Any], made)
+    wanted = " or ".join(f"{name}_dataloader" for name in names)
+    raise TaskError(f"{type(datamodule).__name__} gives no loader by {wanted}")
+
+
+def _watched(loader: Iterable[Any], inputs: int, samples: int) -> list[Inputs]:
+    """The inputs of a loader's first batches, so many of each batch.
+
+    Raises:
+        TaskError: it yields none.
+    """
+    found: list[Inputs] = []
+    seen = 0
+    for batch in loader:
+        given = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+        found.append(Inputs(given[:inputs]))
+        seen += found[-1].batch_size
+        if seen >= samples:
+            break
+    if not found:
+        raise TaskError("the loader yields no batches: give it at least one")
+    return found
+
+
+def _first_of(inputs: Inputs) -> Inputs:
+    """The first sample."""
+    return Inputs(tuple(_first(a) for a in inputs.args), {k: _first(v) for k, v in inputs.kwargs.items()})
 
 
 def _first(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -175,15 +176,21 @@ def task_of(model: nn.Module, samples: int = 48, **fields: object) -> fw.Task:
     return fw.Task(**{"example": data[:1], "calibration": data.split(16), **fields})
 
 
-def train(model: nn.Module, epochs: float, loss: object = None, data: Tensor | None = None) -> None:
-    """A few plain steps towards smaller answers, with random numbers in it as every training has."""
+def train(
+    model: nn.Module,
+    epochs: float,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    data: Tensor | None = None,
+) -> None:
+    """A few plain steps, with random numbers in it as every training has; to smaller answers if nothing is said."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     data = type(model).data(8) if data is None else data
+    data = data.to(next(model.parameters()).dtype) if data.is_floating_point() else data
     for _ in range(max(1, round(epochs))):
         optimizer.zero_grad()
         answer = model(data[torch.randperm(len(data))[:4]])
-        (loss(answer, None) if callable(loss) else answer.square().mean()).backward()
+        (answer.square().mean() if loss is None else loss(answer, torch.arange(len(answer)) % 3)).backward()
         optimizer.step()
 
 

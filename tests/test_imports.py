@@ -12,21 +12,22 @@ PACKAGE = Path(__file__).parents[1] / "featherweight"
 
 # Bottom to top. A room (a file or folder of the package) imports from rows above its own only, never from its own row.
 LAYERS = (
-    ("errors", "machine", "settings"),
+    ("errors", "machine", "matching", "settings"),
     ("files",),
     ("batch", "ledger", "progress"),
-    ("forms", "graph"),
+    ("code", "forms", "graph"),
     ("train",),
     ("task",),
     ("edits", "score"),
     ("cost", "curvature", "layers"),
     ("mend", "snapshot", "study"),
-    ("search", "step"),
-    ("layerwise",),
-    ("factorize", "prune", "quantize"),  # the verb folders
-    ("artifact", "export", "report"),
-    ("compressed",),
-    ("inspection", "recipe"),
+    ("artifact", "search", "step"),
+    ("layerwise", "retraining"),
+    ("distill", "factorize", "prune", "quantize", "share", "tune"),  # the verb folders
+    ("export", "report"),
+    ("compressed", "packing"),
+    ("inspection", "recipe", "sensitivity"),
+    ("compact",),
     ("__init__",),
     ("cli", "__main__"),
 )

@@ -1,6 +1,7 @@
 """Layers as products of thinner ones."""
 
+from featherweight.factorize.depthwise_separable import DepthwiseSeparable
 from featherweight.factorize.spatial_svd import SpatialSVD
 from featherweight.factorize.svd import SVD
 
-__all__ = ["SVD", "SpatialSVD"]
+__all__ = ["SVD", "DepthwiseSeparable", "SpatialSVD"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +14,25 @@ from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
 from featherweight.factorize.blocks import Factors, balanced, blocks, factors, least_losses, predicted_losses, refit
+from featherweight.factorize.replacing import Replacing
 from featherweight.forms import ConvPair, Form, Layer, LinearPair
 from featherweight.layers import PerLayer, for_layer
-from featherweight.layerwise import Layerwise
 from featherweight.mend import corrected_bias
-from featherweight.search.optimal import rounded_up
 from featherweight.search.options import Option
-from featherweight.step import Stage
 from featherweight.task import Task
 
 
 @dataclass(frozen=True)
-class Factorization(Layerwise):
+class Factorization(Replacing):
     """A layer as two thinner ones.
 
     Attributes:
-        ratio: the share of a layer's MACs to keep, 0 to 1, instead of a budget; per layer where it is a mapping.
         rank: the rank itself, instead of a ratio or a budget; per layer where it is a mapping.
         multiple_of: round ranks up to a multiple that the hardware likes; per layer where it is a mapping.
     """
 
-    ratio: PerLayer[float] | None = None
     rank: PerLayer[int] | None = None
     multiple_of: PerLayer[int] = 1
-
-    stage: ClassVar[Stage] = Stage.SHAPE
 
     @abstractmethod
     def form(self, rank: int) -> Form:
@@ -49,13 +43,10 @@ class Factorization(Layerwise):
         """The kernel axes that the first factor runs along."""
 
     def ways(self) -> dict[str, Any]:
-        return {"budget": self.budget, "ratio": self.ratio, **super().ways(), "rank": self.rank}
+        return {**super().ways(), "rank": self.rank}
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
-        for value in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]:
-            if isinstance(value, int | float) and not 0 < value <= 1:
-                found.append(f"ratio is {value}: it is the share of a layer's MACs to keep, above 0 and at most 1")
         for name, setting in (("rank", self.rank), ("multiple_of", self.multiple_of)):
             for value in setting.values() if isinstance(setting, Mapping) else [setting]:
                 if isinstance(value, int) and value < 1:  # another type is among the problems already
@@ -64,7 +55,7 @@ class Factorization(Layerwise):
 
     def decided(self, name: str, options: Sequence[Option], whole: Cost) -> Option | None:
         if self.rank is None:
-            return self._by_ratio(name, options, whole)
+            return super().decided(name, options, whole)
         rank = for_layer(self.rank, name, default=0)
         if not rank:
             return None
@@ -73,17 +64,6 @@ class Factorization(Layerwise):
         if found is None:
             raise LookupError(f"{wanted} is none of its options, {options[0]} to {options[-1]}")
         return found
-
-    def _by_ratio(self, name: str, options: Sequence[Option], whole: Cost) -> Option | None:
-        assert self.ratio is not None
-        ratio = for_layer(self.ratio, name, default=1.0)
-        if ratio == 1:
-            return None
-        found = [o for o in options if o.cost.macs <= ratio * whole.macs]
-        if not found:
-            least = min(o.cost.macs for o in options) / whole.macs
-            raise LookupError(f"no option keeps as little as {ratio:g} of its MACs: the least is {rounded_up(least):g}")
-        return max(found, key=lambda o: o.cost.macs)
 
     def priced(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> list[Option]:
         weight = blocks(layer.weight, groups(layer), self.first_axes(layer), None).weight

@@ -1,14 +1,17 @@
 """What compressed layers are made of. Loading a file needs these and no technique."""
 
+from featherweight.forms.codebook import Codebook, Shared
 from featherweight.forms.constraint import (
     Constrained,
     Constraint,
     Stored,
+    beneath,
     constrained_tensors,
     constraints_on,
     released,
     stored,
 )
+from featherweight.forms.depthwise import Depthwise, DepthwiseConv
 from featherweight.forms.floats import Float, Floating
 from featherweight.forms.form import Form, FormModule, Layer, is_layer, without_data
 from featherweight.forms.gone import Gone, Removed
@@ -16,13 +19,20 @@ from featherweight.forms.grid import Grid, Gridded
 from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
+from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
 from featherweight.forms.rounding import Rounded, Rounding
 from featherweight.forms.separable import Separable
+from featherweight.forms.signs import Binary, Signs, Ternary
 
 __all__ = [
+    "Binary",
+    "BlockMask",
+    "Codebook",
     "Constrained",
     "Constraint",
     "ConvPair",
+    "Depthwise",
+    "DepthwiseConv",
     "Float",
     "Floating",
     "Form",
@@ -35,14 +45,23 @@ __all__ = [
     "LowRank",
     "Mask",
     "Masked",
+    "Pattern",
+    "Patterned",
     "Removed",
     "Rounded",
     "Rounding",
     "Separable",
+    "Shared",
+    "Signs",
     "Stored",
+    "Ternary",
+    "beneath",
     "constrained_tensors",
     "constraints_on",
+    "in_blocks",
+    "in_runs",
     "is_layer",
+    "out_of_blocks",
     "released",
     "stored",
     "without_data",

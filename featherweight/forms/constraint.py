@@ -123,7 +123,11 @@ class Constraint(Form):
         tensor = getattr(layer, self.tensor, None)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise EditError(f"{type(layer).__name__} has no floating-point tensor {self.tensor!r} to put {self} on")
-        made = self.parametrization(tensor.detach()).to(tensor.device)
+        made = self.parametrization(tensor.detach().requires_grad_(tensor.requires_grad)).to(tensor.device)
+        if self.tensor not in getattr(layer, "parametrizations", {self.tensor: None}):
+            # PyTorch is about to give the layer's class a property of this name, and copies of the layer share it.
+            own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+            layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
         parametrize.register_parametrization(layer, self.tensor, made, unsafe=True)
         return made.train(layer.training)
 
@@ -132,6 +136,12 @@ def constraints_on(layer: nn.Module, tensor: str = "weight") -> list[Constrained
     """The constraints on a layer's tensor, from the lowest up."""
     held = getattr(layer, "parametrizations", {})
     return [c for c in held[tensor] if isinstance(c, Constrained)] if tensor in held else []
+
+
+def beneath(layer: nn.Module, tensor: str = "weight") -> Tensor:
+    """The parameter beneath the constraints of a layer's tensor; the tensor itself where there are none."""
+    held = getattr(layer, "parametrizations", {})
+    return cast(Tensor, held[tensor].original if tensor in held else getattr(layer, tensor))
 
 
 def constrained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

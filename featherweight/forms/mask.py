@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.errors import EditError
-from featherweight.forms.constraint import Constrained, Constraint, Stored
+from featherweight.forms.constraint import Constrained, Constraint, Stored, constraints_on
 
 
 class Masked(Constrained):
@@ -33,9 +34,7 @@ class Masked(Constrained):
 
     def stored(self, before: Stored) -> Stored:
         """The values that are kept and where: a bit for every place, or the place of every value, whichever is less."""
-        places = self.mask.numel()
-        where = min(places, self.kept * math.ceil(math.log2(max(places, 2))))
-        return replace(before, values=self.kept, beside=before.beside + where)
+        return replace(before, values=self.kept, beside=before.beside + positions(self.mask.numel(), self.kept))
 
     def check(self, shape: torch.Size) -> None:
         """See that as many places are kept as the form says."""
@@ -47,9 +46,14 @@ class Masked(Constrained):
         return f"kept={self.kept}"
 
 
+def positions(places: int, kept: int) -> int:
+    """Bits that say which places are kept: a bit for every place, or the place of every one, whichever is less."""
+    return min(places, kept * math.ceil(math.log2(max(places, 2))))
+
+
 @dataclass(frozen=True)
 class Mask(Constraint):
-    """Some values are zero.
+    """Some values are zero. Put on a tensor whose topmost constraint is such a mask it takes that one's place.
 
     Attributes:
         kept: how many are not held at zero.
@@ -59,6 +63,16 @@ class Mask(Constraint):
 
     def parametrization(self, tensor: Tensor) -> Masked:
         return Masked(tensor, self.kept)
+
+    def put_on(self, layer: nn.Module) -> Constrained:
+        """As any constraint; in the place of such a mask, where one is the topmost: a tighter one says all of it."""
+        above = constraints_on(layer, self.tensor)
+        if not above or type(above[-1]) is not Masked:
+            return super().put_on(layer)
+        made = self.parametrization(getattr(layer, self.tensor).detach()).to(above[-1].mask.device)
+        held = cast(Any, layer).parametrizations[self.tensor]
+        held[len(held) - 1] = made.train(layer.training)
+        return made
 
     def __str__(self) -> str:
         return f"{self.kept} values kept"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -143,11 +144,19 @@ def along(
 
 def uninitialised(kind: type[Any], *sizes: Any, **settings: Any) -> Any:
     """A layer whose parameters are allocated but not drawn: their values come from a fit or a file."""
-    return nn.utils.skip_init(kind, *sizes, **settings)  # type: ignore[no-untyped-call]
+    # torch's skip_init draws them on the meta device first, which takes longer than all else that pricing a layer does.
+    layer = _undrawn(kind)(*sizes, **settings)  # type: ignore[arg-type]
+    layer.__class__ = kind
+    return layer
 
 
-def inherit(pair: LinearPair | ConvPair, layer: nn.Module) -> None:
-    """Give the pair the layer's training flag, and let its factors be trained where the layer's parameters are."""
+@cache
+def _undrawn(kind: type[Any]) -> type[Any]:
+    return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
+
+
+def inherit(pair: FormModule, layer: nn.Module) -> None:
+    """Give what replaces a layer its training flag, and let its factors be trained where the layer's parameters are."""
     trained = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
     weight_trained = next((on for name, on in trained.items() if name != "bias"), True)
     for name, parameter in pair.named_parameters():

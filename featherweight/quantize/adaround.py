@@ -16,7 +16,7 @@ from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import Matrix, adarounded
 from featherweight.forms import Layer
 from featherweight.quantize.gptq import GPTQ
-from featherweight.quantize.rounding import Lattice, Rounding
+from featherweight.quantize.rounding import Lattice, Rounding, TwoValues
 from featherweight.search.options import Option
 
 
@@ -32,6 +32,8 @@ class AdaRound(Rounding):
 
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
         assert of.gram is not None
+        if isinstance(lattice, TwoValues):  # there is no up and down
+            return GPTQ().rounded(of, lattice)
         scale, shift, low, high = lattice.scale, lattice.zero_point, lattice.low, lattice.high
         return adarounded(of.weight, of.gram, scale, shift, low, high, of.held, self.steps)
 

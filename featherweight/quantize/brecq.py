@@ -200,7 +200,9 @@ def _learn(
         exact = weight.float()
         scale = made.form.spread(made.scale.detach(), exact.shape).float()
         shift = made.form.spread(made.zero_point, exact.shape).float()
-        target = exact / scale
+        # Between what a value was rounded to and the next one on the side of what it was: GPTQ may have moved it far.
+        rounded = cast(Tensor, layer.weight).detach().float()
+        target = (rounded + (exact - rounded).clamp(-0.45 * scale, 0.45 * scale)) / scale
         below = target.floor()
         opened = Opened(below, target)
         opened.v.requires_grad_()

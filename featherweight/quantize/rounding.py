@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import Matrix, errors, matrix, raised
+from featherweight.curvature.rounding import Matrix, errors, matrix, raised, rescaled
 from featherweight.errors import did_you_mean
-from featherweight.forms import Constraint, Float, Form, Grid, Layer, constraints_on
+from featherweight.forms import Binary, Constraint, Float, Form, Grid, Layer, Ternary, constraints_on
 from featherweight.forms.floats import TYPES
 from featherweight.forms.grid import WIDTHS, least_error, min_max, percentile
 from featherweight.forms.mask import Masked
@@ -49,12 +49,22 @@ class Lattice:
 
 
 @dataclass(frozen=True)
+class TwoValues(Lattice):
+    """Values with a whole number of 1 or −1."""
+
+    def nearest(self, x: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        scale = self.scale[..., columns]
+        return torch.where(x >= 0, scale, -scale)
+
+
+@dataclass(frozen=True)
 class Rounding(Layerwise):
     """Weights of fewer bits, layer by layer.
 
     Attributes:
-        bits: of every weight: 2 to 8 or 16 on a grid with a scale, or a type: ``"fp16"``, ``"bf16"``, ``"e4m3"``,
-            ``"e5m2"``; instead of a budget; per layer where it is a mapping, and layers it does not name stay.
+        bits: of every weight: 2 to 8 or 16 on a grid with a scale; 1 for two values; ``"ternary"`` for three; or a
+            type: ``"fp16"``, ``"bf16"``, ``"e4m3"``, ``"e5m2"``; instead of a budget; per layer where it is a mapping,
+            and layers it does not name stay.
         offer: the bits among which a budget chooses.
         symmetric: whether grids have no zero point; per layer where it is a mapping.
         granularity: what has a scale of its own, ``"channel"`` (every output) or ``"tensor"``; per layer where it is a
@@ -99,10 +109,11 @@ class Rounding(Layerwise):
         given = self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]
         for name, values in (("bits", given), ("offer", self.offer if isinstance(self.offer, tuple) else ())):
             for value in values:
-                if isinstance(value, str) and value not in TYPES:
-                    found.append(f"{name} has {value!r}, which is no type{did_you_mean(value, TYPES)}")
-                elif isinstance(value, int) and value not in WIDTHS:
-                    found.append(f"{name} has {value}: a grid has 2 to 8 bits or 16")
+                words = (*TYPES, "ternary")
+                if isinstance(value, str) and value not in words:
+                    found.append(f"{name} has {value!r}, which is no type{did_you_mean(value, words)}")
+                elif isinstance(value, int) and value not in (1, *WIDTHS):
+                    found.append(f"{name} has {value}: it is 1 to 8 or 16")
         for value in self.group.values() if isinstance(self.group, Mapping) else [self.group]:
             if isinstance(value, int) and value < 0:
                 found.append(f"group is {value}: it must be at least 1, or 0 for all values of an output")
@@ -111,6 +122,10 @@ class Rounding(Layerwise):
     def form(self, name: str, bits: int | str) -> Constraint:
         """The constraint for a layer of that name."""
         axis = None if for_layer(self.granularity, name, "channel") == "tensor" else 0
+        if bits == 1:
+            return Binary(axis)
+        if bits == "ternary":
+            return Ternary(axis)
         if isinstance(bits, str):
             return Float(bits, axis)
         group = for_layer(self.group, name, 0) if axis == 0 else 0
@@ -120,17 +135,29 @@ class Rounding(Layerwise):
 
     def unfit(self, layer: Layer) -> str | None:
         confined = [c for c in constraints_on(layer) if not isinstance(c, Masked)]
+        if _masks(layer) and self.bits == 1:
+            return "a mask holds some of its values at zero, and two values leave none"
         if confined:
             return f"an earlier step has settled its values: {confined[-1].extra_repr()}"
         return None if layer.weight.numel() else "its weight is empty"
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a budget is to choose among the bits on offer."""
+        return self.budget is not None and self.plan is None
+
     def priced(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> list[Option]:
-        bits = for_layer(self.bits, name, None) if self.bits is not None else None
-        wanted = self.offer if self.bits is None and self.plan is None else () if bits is None else (bits,)
-        forms = [self.form(name, b) for b in wanted]
+        forms: list[Form]
         if self.plan is not None:
             planned = self.plan.layers.get(name)
-            forms = [planned] if isinstance(planned, Grid | Float) else []
+            forms = [planned] if isinstance(planned, Grid | Float | Binary | Ternary) else []
+        elif self.chooses:
+            forms = [self.form(name, bits) for bits in self.offer]
+            if _masks(layer):
+                forms = [form for form in forms if not isinstance(form, Binary)]
+        else:
+            asked = None if self.bits is None else for_layer(self.bits, name, None)
+            forms = [] if asked is None else [self.form(name, asked)]
         priced = [Option(name, form, price(form.build(layer, "meta"), calls), 0.0) for form in dict.fromkeys(forms)]
         return sorted(priced, key=lambda option: option.cost.metric(self.metric))
 
@@ -141,22 +168,33 @@ class Rounding(Layerwise):
 
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:
         """The layer's state with rounded values, and the bias that goes with them."""
-        assert isinstance(form, Grid | Float)
-        values, scale, zero_point = self.fit(self.known(layer, seen), form, layer.weight.shape)
+        assert isinstance(form, Grid | Float | Binary | Ternary)
+        of = self.known(layer, seen)
+        values, scale, zero_point = self.fit(of, form, layer.weight.shape)
+        values = values.reshape(layer.weight.shape)
+        trained = bool(self.epochs or self.epochs_per_layer)
+        if trained and not isinstance(form, Float):
+            layout = form if isinstance(form, Grid) else Grid(2, axis=form.axis)
+            wanted, size = of.weight.reshape(values.shape), layout.spread(scale, values.shape)
+            values = latent(wanted, values, size, isinstance(form, Binary))
         built = cast(Layer, form.build(layer))
         made: Any = constraints_on(built)[-1]
         with torch.no_grad():
-            built.get_parameter("parametrizations.weight.original").copy_(values.reshape(layer.weight.shape))
+            built.get_parameter("parametrizations.weight.original").copy_(values)
             made.scale.copy_(scale)
             if zero_point is not None:
                 made.zero_point.copy_(zero_point)
+            if not trained:  # scales are rounded too
+                built.get_parameter("parametrizations.weight.original").copy_(built.weight)
             if built.bias is not None and layer.bias is not None and seen is not None and self.corrects_bias:
                 built.bias.copy_(corrected_bias(layer.weight, layer.bias, built.weight, seen))
         return built.state_dict()
 
     def decided(self, name: str, options: Sequence[Option], whole: Cost) -> Option | None:
         bits = for_layer(self.bits, name, None) if self.bits is not None else None
-        return None if bits is None else next(o for o in options if o.form == self.form(name, bits))
+        if bits is None:
+            return None
+        return next(o for o in options if o.form == self.form(name, bits))
 
     # The rounding ---------------------------------------------------------------------------------------------------
 
@@ -164,7 +202,7 @@ class Rounding(Layerwise):
         """The layer as matrices; a bias that is corrected takes care of the means; a mask's zeros are held."""
         groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         fitted = seen if seen is None or layer.bias is None or not self.corrects_bias else seen.centred()
-        masks = [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]
+        masks = _masks(layer)
         held = ~torch.stack(masks).all(0) if masks else None
         return matrix(layer.weight, groups, fitted, held)
 
@@ -179,16 +217,72 @@ class Rounding(Layerwise):
         if isinstance(form, Float):
             made = form.parametrization(of.weight.reshape(shape).float())
             return made(of.weight.reshape(shape).float()).double().reshape(of.weight.shape), made.scale, None
+        if isinstance(form, Binary | Ternary):
+            found, scale = self.few(of, form, shape)
+            return found, scale, None
         assert isinstance(form, Grid)
         scale, zero_point = scales(of, form, shape, self.ranges)
-        lattice = lattice_of(form, scale, zero_point, shape, of)
-        plain = lattice.nearest(of.weight)
-        if of.gram is None:
-            return plain, scale, zero_point
-        found = self.rounded(of, lattice)
-        # Rows are independent of each other: each takes what is better for it.
-        better = errors(of.weight, found, of.gram) <= errors(of.weight, plain, of.gram)
-        return torch.where(better[..., None], found, plain), scale, zero_point
+        shift = laid_out(zero_point, form, shape, of)
+        # Of few values the best scale depends much on how they are rounded: both are found in turn.
+        fitted = self.ranges == "mse" and form.axis == 0 and not form.group
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for _ in range(2 if fitted and form.bits <= 3 else 1):
+            lattice = Lattice(laid_out(scale, form, shape, of), shift, form.low, form.high)
+            plain = lattice.nearest(of.weight)
+            if of.gram is None:
+                return plain, scale, zero_point
+            found = self.rounded(of, lattice)
+            # Rows are independent of each other: each takes what is better for it.
+            better = errors(of.weight, found, of.gram) <= errors(of.weight, plain, of.gram)
+            found = torch.where(better[..., None], found, plain)
+            if fitted:
+                factor = rescaled(of.weight, found, of.gram)
+                found, scale = found * factor, scale * factor.flatten().float()
+            left = errors(of.weight, found, of.gram)
+            if best is not None:
+                better = left < best[0]
+                left, found = torch.where(better, left, best[0]), torch.where(better[..., None], found, best[1])
+                scale = torch.where(better.flatten(), scale, best[2])
+            best = left, found, scale
+        return found, scale, zero_point
+
+    def few(self, of: Matrix, form: Binary | Ternary, shape: torch.Size, rounds: int = 5) -> tuple[Tensor, Tensor]:
+        """Two or three values: scales by least squares under the Gram matrix and values by the technique, in turn.
+
+        Args:
+            of: the layer.
+            form: two values or three.
+            shape: of the layer's weight.
+            rounds: of both, at most; without data one is enough for two values.
+        Returns:
+            Values, (groups, outputs, d), and the scales of the form.
+        """
+        target, layout = of.weight.reshape(shape), Grid(2, axis=form.axis)
+        if isinstance(form, Binary):
+            scale = form.parametrization(target.float()).scale.detach()
+        else:
+            # The third level of a grid of 2 bits is its fourth left out: ranges are looked for as for a grid.
+            scale, _ = three_values(layout.rows(target.float()))
+        kind = TwoValues if isinstance(form, Binary) else Lattice
+        best: tuple[float, Tensor, Tensor] | None = None
+        for _ in range(rounds):
+            each = laid_out(scale, layout, shape, of)
+            lattice = kind(each, torch.zeros_like(each), -1, 1)
+            found = lattice.nearest(of.weight) if of.gram is None else self.rounded(of, lattice)
+            # Least squares of one factor for all that a scale stands for.
+            seen = found if of.gram is None else found @ of.gram
+            above = layout.rows((seen * of.weight).reshape(shape)).sum(-1)
+            below = layout.rows((seen * found).reshape(shape)).sum(-1)
+            factor = torch.where((above > 0) & (below > 0), above / below.clamp_min(1e-300), 1)
+            scale = (scale.double() * factor).clamp(min=torch.finfo(torch.float32).tiny).float()
+            found = found * laid_out(factor, layout, shape, of)
+            moved = of.weight - found
+            left = float((moved * (moved if of.gram is None else moved @ of.gram)).sum())
+            if best is not None and left >= best[0] * (1 - 1e-6):
+                break
+            best = left, found, scale
+        assert best is not None
+        return best[1], best[2]
 
 
 def scales(of: Matrix, form: Grid, shape: torch.Size, ranges: str) -> tuple[Tensor, Tensor]:
@@ -214,10 +308,46 @@ def scales(of: Matrix, form: Grid, shape: torch.Size, ranges: str) -> tuple[Tens
     return least_error(rows, form, form.rows(inputs[:, None].expand(of.weight.shape).reshape(shape)))
 
 
-def lattice_of(form: Grid, scale: Tensor, zero_point: Tensor, shape: torch.Size, of: Matrix) -> Lattice:
-    """The grid place by place, in the layout of the layer's matrices."""
+def three_values(rows: Tensor, steps: int = 40) -> tuple[Tensor, Tensor]:
+    """The scales at which rows of values move least when each becomes −scale, 0 or scale; and how far they move.
 
-    def laid_out(each: Tensor) -> Tensor:
-        return form.spread(each, shape).expand(shape).reshape(of.weight.shape).double()
+    Args:
+        rows: (..., values).
+        steps: how many thresholds to try; every threshold's best scale is the mean of the magnitudes above it.
+    """
+    size = rows.abs()
+    most = size.amax(-1, keepdim=True)
+    least, scale = torch.full_like(most[..., 0], torch.inf), torch.ones_like(most[..., 0])
+    for step in range(steps):
+        above = size > most * step / steps
+        mean = (size * above).sum(-1) / above.sum(-1).clamp(min=1)
+        # Of the threshold that goes with this scale, which is half of it.
+        moved = (size - mean[..., None] * (size > mean[..., None] / 2)).square().sum(-1)
+        better = (moved < least) & (mean > 0)
+        least, scale = torch.where(better, moved, least), torch.where(better, mean, scale)
+    return scale, least
 
-    return Lattice(laid_out(scale), laid_out(zero_point), form.low, form.high)
+
+def laid_out(each: Tensor, form: Grid, shape: torch.Size, of: Matrix) -> Tensor:
+    """Scales or zero points place by place, in the layout of the layer's matrices."""
+    return form.spread(each, shape).expand(shape).reshape(of.weight.shape).double()
+
+
+def latent(wanted: Tensor, rounded: Tensor, scale: Tensor, binary: bool) -> Tensor:
+    """Values near those wanted that round to the rounded ones: where training begins.
+
+    All of one size, as rounded values are, a step that turns one sign would be as large as one that turns all.
+
+    Args:
+        wanted: any values.
+        rounded: values of a grid, of the same shape.
+        scale: of the grid, which broadcasts.
+        binary: whether the grid has two values.
+    """
+    if binary:
+        return wanted.abs().clamp(min=1e-8) * rounded.sign()
+    return rounded + (wanted - rounded).clamp(-0.45 * scale, 0.45 * scale)
+
+
+def _masks(layer: nn.Module) -> list[Tensor]:
+    return [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]

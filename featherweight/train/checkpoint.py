@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from featherweight.errors import ArtifactError
+from featherweight.train.average import Average
+from featherweight.train.values import put_back as put_back
+from featherweight.train.values import values_of as values_of
 
 
 @dataclass
@@ -31,6 +34,9 @@ class Position:
         total: sum of the losses of the epoch under way.
         losses: mean losses of the epochs done.
         seconds: wall time so far.
+        scores: of the epochs done, where they are evaluated.
+        best: the number of the best epoch, from 1; 0 before any.
+        merit: how good that one was.
     """
 
     epoch: int = 0
@@ -39,6 +45,9 @@ class Position:
     total: float = 0.0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    scores: list[float] = field(default_factory=list)
+    best: int = 0
+    merit: float = 0.0
 
 
 @dataclass
@@ -50,12 +59,18 @@ class State:
         scaler: the gradient scaler of fp16 training; None without one.
         epoch_began: states of `generators` when the epoch under way began: its order of samples is drawn from them.
         random: states of the global random numbers at the saved position; None before anything was loaded.
+        scheduler: of the learning rate; None without one of PyTorch's.
+        average: the moving average of the model's values; None without one.
+        best: the values of the best epoch, where they are to be kept.
     """
 
     model: nn.Module
     optimizer: Optimizer
     scaler: Any
     generators: list[torch.Generator]
+    scheduler: Any = None
+    average: Average | None = None
+    best: Mapping[str, Tensor] = field(default_factory=dict)
     at: Position = field(default_factory=Position)
     epoch_began: list[Tensor] = field(default_factory=list)
     random: Mapping[str, Any] | None = None
@@ -72,6 +87,9 @@ class State:
             "model": values_of(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "best": dict(self.best),
             "generators": self.epoch_began,
             "random": random_state(),
         }
@@ -99,21 +117,14 @@ class State:
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(content["scaler"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(content["scheduler"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
+        self.best = content["best"]
         for generator, state in zip(self.generators, content["generators"], strict=True):
             generator.set_state(state)
         self.at, self.random = Position(**content["position"]), content["random"]
-
-
-def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and buffer, on the CPU."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(model)}
-
-
-@torch.no_grad()
-def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give a model the values that `values_of` copied."""
-    for name, tensor in _tensors(model):
-        tensor.copy_(values[name])
 
 
 def generators_of(loader: Iterable[Any]) -> list[torch.Generator]:
@@ -184,8 +195,3 @@ def until(pressed: threading.Event, batches: Iterable[Any]) -> Iterator[Any]:
     except RuntimeError:
         if not pressed.is_set():
             raise
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()  # those left out of state_dict() too

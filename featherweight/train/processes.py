@@ -107,6 +107,15 @@ def over_processes(accelerator: Any, loss: Tensor, rows: int) -> tuple[float, fl
     return total / count, rows * accelerator.num_processes / count
 
 
+def agreed(accelerator: Any, number: float) -> float:
+    """What the first process found, on every process: they must decide alike."""
+    if accelerator.num_processes == 1:
+        return number
+    from accelerate.utils import broadcast
+
+    return float(broadcast(torch.tensor(number, dtype=torch.float64, device=accelerator.device)))
+
+
 def share_buffers(accelerator: Any, model: nn.Module) -> None:
     """Give every process the first one's buffers: batch norms' statistics are of what each process has seen."""
     if accelerator.num_processes > 1:

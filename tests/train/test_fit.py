@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import random
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +158,114 @@ def test_accuracy_leaves_out_what_cross_entropy_ignores():
     outputs = torch.eye(3)[:, :, None].repeat(1, 1, 2)  # (batch 3, classes 3, positions 2): sample n says class n
     target = torch.tensor([[0, -100], [1, 2], [0, -100]])
     assert evaluate_loader(Same(), [(outputs, target)]) == 2 / 4
+
+
+def test_accumulated_batches_are_one_batch():
+    points, labels = classified(44).tensors
+    small, large = ([*zip(points.split(n), labels.split(n), strict=True)] for n in (4, 12))
+    ours, theirs = nn.Linear(6, 3), nn.Linear(6, 3)
+    theirs.load_state_dict(ours.state_dict())
+    history = fit(ours, small, epochs=2, lr=0.1, accumulate=3, clip=0.5)  # 11 batches: the last update is of two
+    expected = fit(theirs, large, epochs=2, lr=0.1, clip=0.5)
+    assert history.steps == expected.steps == 8
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
+
+
+def test_optimizers_by_name_and_schedulers_of_pytorch():
+    batches = [(x, y) for x, y in DataLoader(classified(32), 8)]
+    ours, theirs = nn.Linear(6, 3), nn.Linear(6, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = torch.optim.AdamW(theirs.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    for x, y in batches * 2:
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+    step = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
+    fit(ours, batches, epochs=2, lr=0.1, optimizer="AdamW", scheduler=step)
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
+
+
+def test_a_plateau_of_the_score_lowers_the_rate():
+    rates, scores = [], iter([0.1, 0.2, 0.2, 0.2])
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max", patience=0, factor=0.1)
+
+    def log(name: str, value: float, step: int) -> None:
+        if name == "rate" and step % 2 == 0:
+            rates.append(value)
+
+    settings = {"scheduler": plateau, "scheduler_every": "epoch", "evaluate": lambda model: next(scores), "log": log}
+    fit(network(), DataLoader(classified(16), 8), epochs=4, lr=0.1, **settings)
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
+
+
+def test_a_moving_average_ends_up_in_the_model():
+    batches = [(x, y) for x, y in DataLoader(classified(32), 8)]
+    ours, theirs = network(), network()
+    seen = []
+    fit(theirs, batches, epochs=1, lr=0.1, schedule="constant", warm_up=0, evaluate=lambda m: 0.0)
+    values = [dict(network().state_dict())]
+
+    class Recorded(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            values.append({n: t.detach().clone() for n, t in ours.state_dict().items()})
+
+    kind = partial(Recorded, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    evaluate = {"evaluate": lambda m: seen.append(m[4].weight.clone()) or 0.0}
+    fit(ours, batches, epochs=1, lr=0.1, optimizer=kind, schedule="constant", warm_up=0, ema=0.15, **evaluate)
+    assert torch.equal(values[-1]["4.weight"], theirs[4].weight), "the average has no say in the training"
+    for name in ("4.weight", "1.running_mean"):
+        expected = values[0][name]
+        for n, value in enumerate(values[1:], start=1):
+            decay = min(0.15, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * value[name]
+        assert torch.allclose(ours.state_dict()[name], expected, atol=1e-6), name
+    assert torch.equal(seen[0], ours[4].weight), "it is what is evaluated"
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_rest(tmp_path):
+    scores, kept = [0.3, 0.9, 0.5, 0.5, 0.99], []
+
+    def evaluate(model: nn.Module) -> float:
+        assert not model.training
+        kept.append(copy.deepcopy(model.state_dict()))
+        return scores[len(kept) - 1]
+
+    model = network()
+    history = fit(model, shuffled(), 5, evaluate=evaluate, keep_best=True, patience=2, checkpoint=tmp_path)
+    assert history.scores == (0.3, 0.9, 0.5, 0.5)
+    assert history.best == 2
+    assert history.steps == 48
+    for name, tensor in kept[1].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    again = network()
+    assert fit(again, shuffled(), 5, evaluate=evaluate, keep_best=True, patience=2, checkpoint=tmp_path).best == 2
+    assert_equal(again, model)
+
+
+def test_what_is_logged():
+    said = []
+    loader = DataLoader(classified(32), 8)
+    fit(network(), loader, 2, lr=0.1, evaluate=lambda model: 0.5, log=lambda *entry: said.append(entry))
+    assert [step for name, _, step in said if name == "loss"] == [*range(1, 9)]
+    assert [(value, step) for name, value, step in said if name == "score"] == [(0.5, 4), (0.5, 8)]
+    assert max(value for name, value, _ in said if name == "rate") <= 0.1
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *entry: written.append(entry), close=lambda: written.append("closed"))
+    fake = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    fit(network(), DataLoader(classified(16), 8), 1, log=tmp_path)
+    assert written[0] == str(tmp_path)
+    assert written[-1] == "closed"
+    assert len(written) == 6
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(FeatherweightError, match=r"pip install 'featherweight\[tensorboard\]'"):
+        fit(network(), DataLoader(classified(16), 8), 1, log=tmp_path)
 
 
 # What it leaves alone
@@ -307,6 +417,27 @@ def seed_worker(index: int) -> None:
     random.seed(torch.initial_seed())
 
 
+def test_averages_schedulers_and_the_best_epoch_are_resumed(tmp_path):
+    scores = {"seen": 0}
+
+    def evaluate(model: nn.Module) -> float:
+        scores["seen"] += 1
+        return -float(model[4].weight.square().sum()) * (1 if scores["seen"] != 2 else -1)
+
+    step = partial(torch.optim.lr_scheduler.StepLR, step_size=5, gamma=0.7)
+    settings = {"ema": 0.9, "accumulate": 2, "scheduler": step, "evaluate": evaluate, "keep_best": True}
+    expected = network()
+    told = fit(expected, shuffled(), 3, entropy, **settings)
+    scores["seen"] = 0
+    for calls in (15, 14):  # both times in the epoch after the last one saved
+        with pytest.raises(TaskError, match="entropy failed"):
+            fit(network(), shuffled(), 3, failing(calls, lambda: 1 / 0), checkpoint=tmp_path, **settings)
+    resumed = network()
+    history = fit(resumed, shuffled(), 3, entropy, checkpoint=tmp_path, **settings)
+    assert (history.losses, history.scores, history.best, history.steps) == (told.losses, told.scores, told.best, 18)
+    assert_equal(resumed, expected)
+
+
 def test_ctrl_c_without_a_checkpoint_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt):
         fit(network(), shuffled(), 1, failing(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
@@ -417,6 +548,14 @@ def test_loaders_that_cannot_be_used(loader, message):
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"seed": -1}, "seed is -1"),
         ({"lr": -1.0, "seed": -1}, r"lr is -1\.0.*seed is -1"),
+        ({"optimizer": "AdamV"}, "optimizer is 'AdamV'; did you mean 'adam"),
+        ({"scheduler": torch.optim.lr_scheduler.StepLR, "schedule": "cosine"}, "schedule and scheduler both"),
+        ({"scheduler_every": "batch"}, "scheduler_every is 'batch'"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"ema": 1.0}, r"ema is 1\.0"),
+        ({"patience": 0}, "patience is 0"),
+        ({"evaluate": lambda model: float("nan")}, r"evaluate\(model\) returned nan"),
+        ({"evaluate": lambda model: 1 / 0}, r"evaluate\(model\) raised ZeroDivisionError"),
         ({"loss": "mse"}, "mse needs outputs and targets alike"),
         ({"loss": lambda outputs, target: outputs}, "must give a scalar"),
         ({"loss": lambda outputs, target: outputs.detach().mean()}, "depends on no trainable parameter"),
@@ -488,8 +627,9 @@ def test_two_processes_end_as_one(tmp_path):
     del alone["norm"]  # each process normalizes by its own half of a batch
     for name, (values, losses) in alone.items():
         for other, other_losses in (both[0][name], both[1][name]):
-            assert other_losses == pytest.approx(losses, abs=1e-5), name
-            assert torch.allclose(other, values, atol=1e-5), name
+            near = 1e-5 if name != "distilled" else 1e-3
+            assert other_losses == pytest.approx(losses, abs=near), name
+            assert torch.allclose(other, values, atol=near), name
     for first, second in zip(both[0].values(), both[1].values(), strict=True):
         assert torch.equal(first[0], second[0])
 

@@ -1,0 +1,145 @@
+"""Weights of 8 to 1 bits: what each way of rounding keeps, at the same bits, and the seconds it takes.
+
+The demo network of examples/fashion_mnist (all 10,000 test images) and EfficientNet-Lite0 (see photographs.py:
+agreement with the original on photographs that nothing was calibrated on). Calibrated on unlabelled images alone;
+every output channel has one symmetric scale; activations stay floats. "To the nearest, no data, min-max" is what most
+tools do by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fashion
+import photographs
+import torch
+from data import load
+from results import publish
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import featherweight as fw
+from featherweight import quantize
+from featherweight.layerwise import Layerwise
+
+Score = Callable[[nn.Module], float]
+WAYS: dict[str, Callable[[int], Layerwise]] = {
+    "to the nearest, no data, min-max": lambda b: quantize.Weights(
+        bits=b, effort="nearest", data_aware=False, ranges="min-max"
+    ),
+    "to the nearest, least error": lambda b: quantize.Weights(bits=b, effort="nearest"),
+    "equalized, biases corrected": lambda b: quantize.Weights(bits=b, effort="equalized"),
+    "GPTQ": lambda b: quantize.GPTQ(bits=b),
+    "AdaRound": lambda b: quantize.AdaRound(bits=b),
+    "blocks (BRECQ)": lambda b: quantize.BRECQ(bits=b),
+}
+
+
+def run(network: nn.Module, step: Layerwise, task: fw.Task, score: Score) -> tuple[float, float, float]:
+    """Score, share of bytes and CPU seconds of a step. Without data nothing is re-estimated either."""
+    if step.data_aware is False:
+        task = fw.Task(task.example)
+    begun = time.process_time()
+    small = fw.compress(network, step, task=task)
+    seconds = time.process_time() - begun
+    (entry,) = small.ledger.steps
+    if entry.left and step.budget is None and not step.ignore:
+        raise SystemExit(f"{step.name} left layers alone: {dict(entry.left)}")
+    return score(small.model), entry.after.total.bytes / entry.before.total.bytes, seconds
+
+
+def table(
+    network: nn.Module, task: fw.Task, score: Score, widths: tuple[int, ...], blocks: dict[str, Any]
+) -> list[str]:
+    """One row a way, one column a width."""
+    lines = ["| way | " + " | ".join(f"{b} bits" for b in widths) + " | CPU s at the last |"]
+    lines += ["|---|" + "---:|" * (len(widths) + 1)]
+    for name, way in WAYS.items():
+        cells, seconds = [], 0.0
+        for bits in widths:
+            step = quantize.BRECQ(bits=bits, **blocks) if name.startswith("blocks") else way(bits)
+            found, _, seconds = run(network, step, task, score)
+            cells.append(f"{found:.2f}")
+            print(f"{name} {bits}: {found:.2f} in {seconds:.0f} s", flush=True)
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    return lines
+
+
+def mixed(network: nn.Module, task: fw.Task, score: Score, uniform: tuple[int, ...]) -> list[str]:
+    """Bits chosen per layer, in as many bytes as the same bits everywhere take."""
+    lines = ["| bytes | the same bits everywhere | bits chosen by layer | CPU s |", "|---:|---:|---:|---:|"]
+    for bits in uniform:
+        same, share, _ = run(network, quantize.GPTQ(bits=bits), task, score)
+        step = quantize.GPTQ(budget=fw.Budget(bytes=min(1.0, share * (1 + 1e-6))), offer=(8, 6, 5, 4, 3, 2))
+        chosen, _, seconds = run(network, step, task, score)
+        print(f"mixed at {share:.4f}: {same:.2f} {chosen:.2f}", flush=True)
+        lines.append(f"| {share:.4f} ({bits} bits) | {same:.2f} | {chosen:.2f} | {seconds:.0f} |")
+    return lines
+
+
+def agreement(network: nn.Module, images: torch.Tensor) -> Score:
+    """Per cent of the images to which a network gives the class that the original gives."""
+
+    def classes(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model.eval()(batch).argmax(1) for batch in images.split(32)])
+
+    wanted = classes(network)
+    return lambda model: 100 * float((classes(model) == wanted).double().mean())
+
+
+def few_bits(epochs: float) -> list[str]:
+    """Binary and ternary weights of the demo network, but for its first and last layer, untrained and trained."""
+    network, split = fashion.load_network(), load("train")
+    loader = DataLoader(TensorDataset(split.images, split.labels), 128, shuffle=True)
+    settings: dict[str, Any] = {"lr": 0.02, "mixed_precision": "bf16"}
+    task = fw.Task.from_loaders(loader, [(split.images[:64], split.labels[:64])], **settings)
+    lines = [f"| weights | untrained | after {epochs:g} epochs | bytes kept | CPU s |", "|---|---:|---:|---:|---:|"]
+    for kind in (quantize.Binary, quantize.Ternary):
+        ignore = ("conv", "classify")
+        before, share, _ = run(network, kind(ignore=ignore), task, fashion.accuracy)
+        after, _, seconds = run(network, kind(ignore=ignore, epochs=epochs), task, fashion.accuracy)
+        lines.append(f"| {kind.__name__.lower()} | {before:.2f} | {after:.2f} | {share:.4f} | {seconds:.0f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
+    parser.add_argument("--epochs", type=float, default=2, help="of training binary and ternary weights")
+    parser.add_argument("--bits", type=int, nargs="+", help="widths of the tables; 8, 4, 3 and 2 by default")
+    parser.add_argument("--samples", type=int, default=256, help="photographs to calibrate on")
+    parser.add_argument("--images", type=int, default=1000, help="photographs to judge EfficientNet-Lite0 on")
+    parser.add_argument(
+        "--only", choices=("fashion", "efficientnet", "few"), help="one part, kept in a file of its own"
+    )
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    lines: list[str] = []
+    if given.only in (None, "fashion"):
+        network, task = fashion.load_network(), fw.Task(fashion.calibration(0)[0][:1], fashion.calibration(0))
+        lines += ["## ResNet-14 on Fashion-MNIST", "", f"float32: {fashion.accuracy(network):.2f} % right.", ""]
+        lines += [*table(network, task, fashion.accuracy, tuple(given.bits or (8, 4, 3, 2)), {}), ""]
+        lines += ["Bits chosen by layer against the same bits everywhere, GPTQ:", ""]
+        lines += [*mixed(network, task, fashion.accuracy, (4, 3, 2)), ""]
+    if given.only in (None, "few"):
+        lines += ["## Binary and ternary weights", "", *few_bits(given.epochs), ""]
+    if given.only in (None, "efficientnet"):
+        network = photographs.load_network()
+        images = photographs.photographs(given.samples, seed=0)
+        task = fw.Task(images[:1], images.split(16))
+        score = agreement(network, photographs.photographs(given.images, seed=100))
+        lines += ["## EfficientNet-Lite0", "", f"Agreement with float32 on {given.images} photographs, per cent.", ""]
+        lines += [*table(network, task, score, tuple(given.bits or (8, 4, 3)), {"steps": 100, "batch": 16}), ""]
+        lines += ["Bits chosen by layer against the same bits everywhere, GPTQ:", ""]
+        lines += [*mixed(network, task, score, (4, 3) if not given.bits else (4,)), ""]
+    name = "weight_quantization" if given.only is None else f"weight_quantization_{given.only}"
+    publish(name, __doc__ or "", lines, given.write)
+
+
+if __name__ == "__main__":
+    main()

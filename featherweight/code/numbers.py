@@ -1,0 +1,143 @@
+"""Whole numbers as bytes: of any length, packed to a few bits, and in codes that are shorter for smaller ones."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featherweight.errors import ArtifactError
+
+Whole = NDArray[np.int64]
+
+
+def varint(value: int) -> bytes:
+    """A number from 0, seven bits a byte, the lowest first; the top bit says that more follow (LEB128)."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def zigzag(value: int) -> int:
+    """A number of either sign as one from 0: 0, −1, 1, −2, 2, … become 0, 1, 2, 3, 4, …"""
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def unzigzag(value: int) -> int:
+    """The number that `zigzag` was given."""
+    return value >> 1 if value & 1 == 0 else -((value + 1) >> 1)
+
+
+def packed(values: Whole, width: int) -> bytes:
+    """Numbers from 0 below ``2^width``, one after the other, highest bit first; filled up to whole bytes."""
+    if not width:
+        return b""
+    bits = (values[:, None] >> np.arange(width - 1, -1, -1)) & 1
+    return np.packbits(bits.astype(np.uint8)).tobytes()
+
+
+def gamma(values: Whole) -> bytes:
+    """Numbers from 1, each as one zero fewer than it has binary digits, then these (Elias, 1975)."""
+    text = "".join(f"{'0' * (int(v).bit_length() - 1)}{int(v):b}" for v in values)
+    return np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0")).tobytes()
+
+
+class Reader:
+    """Bytes, read from the front; whatever is asked for is checked against what is left.
+
+    Args:
+        data: the bytes.
+    """
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data, self._at = memoryview(data), 0
+
+    @property
+    def left(self) -> int:
+        """How many bytes are left."""
+        return len(self._data) - self._at
+
+    def take(self, count: int) -> memoryview:
+        """The next so many bytes.
+
+        Raises:
+            ArtifactError: there are fewer.
+        """
+        if not 0 <= count <= self.left:
+            raise ArtifactError(f"it ends {count - self.left} bytes too early")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def peek(self) -> int:
+        """The next byte, which stays the next."""
+        value = self.byte()
+        self._at -= 1
+        return value
+
+    def byte(self) -> int:
+        """The next byte."""
+        return self.take(1)[0]
+
+    def varint(self) -> int:
+        """A number that `featherweight.code.numbers.varint` wrote, below 2^70.
+
+        Raises:
+            ArtifactError: it is longer, or not over where the data is.
+        """
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ArtifactError("a number in it has no end")
+
+    def varint_to(self, most: int) -> int:
+        """A `varint` that may not be greater.
+
+        Raises:
+            ArtifactError: it is.
+        """
+        if (value := self.varint()) > most:
+            raise ArtifactError(f"it speaks of {value} of something where there can be {most} at most")
+        return value
+
+    def packed(self, count: int, width: int) -> Whole:
+        """So many numbers that `packed` wrote, (count,)."""
+        if not width:
+            return np.zeros(count, np.int64)
+        raw = np.frombuffer(self.take(-(-count * width // 8)), np.uint8)
+        bits = np.unpackbits(raw, count=count * width).reshape(count, width).astype(np.int64)
+        return bits @ (1 << np.arange(width - 1, -1, -1))
+
+    def gamma(self, count: int) -> Whole:
+        """So many numbers that `gamma` wrote, (count,), each below 2^32.
+
+        Raises:
+            ArtifactError: they are no such numbers.
+        """
+        bits = np.unpackbits(np.frombuffer(self._data[self._at :], np.uint8)[: 8 * count + 8]).tolist()
+        at, found = 0, []
+        for _ in range(count):
+            try:
+                one = bits.index(1, at, at + 32)
+            except ValueError:
+                raise ArtifactError("a table in it makes no sense") from None
+            end = 2 * one - at + 1
+            if end > len(bits):
+                raise ArtifactError("a table in it makes no sense")
+            found.append(int("".join(map(str, bits[one:end])), 2))
+            at = end
+        self.take(-(-at // 8))
+        return np.array(found, np.int64).reshape(count)
+
+    def end(self) -> None:
+        """See that nothing is left.
+
+        Raises:
+            ArtifactError: something is.
+        """
+        if self.left:
+            raise ArtifactError(f"{self.left} bytes in it belong to nothing")

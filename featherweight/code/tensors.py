@@ -1,0 +1,272 @@
+"""A tensor as bytes and back to the last bit: whole numbers by frequencies or surroundings, floats byte by byte."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featherweight.code import histogram, mixing
+from featherweight.code.numbers import Reader, unzigzag, varint, zigzag
+from featherweight.errors import ArtifactError
+
+Whole = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Elements = NDArray[np.unsignedinteger]
+
+# How hard to try: the least bytes; twenty times as fast, for some 10 to 30 % more; Huffman's code as Deep Compression
+# has it, to compare with.
+Coding = Literal["small", "fast", "huffman"]
+CODINGS = ("small", "fast", "huffman")
+
+# The first byte of a stream, how it is written: the first five are of whole numbers, the last is byte by byte.
+TABLE, SPARSE, MIXED, HUFFMAN, SPARSE_HUFFMAN, PLANES = range(6)
+# No stream holds more values a byte, so that a small file cannot ask for much memory; shorter ones begin with bytes of
+# 255 that mean nothing.
+VALUES_PER_BYTE = 1 << 16
+FILLING = 255
+# How a plane of bytes is written: as it is, by how often each byte comes, by how often it does beside that above it.
+PLAIN, ALONE, GIVEN = range(3)
+# Values that are coded with tables of their own: what coding takes of memory stays bounded.
+BLOCK = 1 << 22
+# Up to so many values are worth a second a million.
+MIXED_LIMIT = 1 << 22
+# Of so large a share, the most frequent number is worth saying apart where it is.
+SPARSE_SHARE = 0.6
+# The saving for which a plane of bytes is coded at all.
+WORTH = 0.995
+
+
+# Whole numbers ----------------------------------------------------------------------------------------------------
+
+
+def encode_whole(
+    values: Whole, coding: Coding = "small", kept: Flags | None = None, center: int | None = None
+) -> bytes | None:
+    """Whole numbers as bytes, in the shortest of the ways that are tried; None where they lie too far apart.
+
+    Args:
+        values: of any shape.
+        coding: how hard to try.
+        kept: of the same shape, which of them are written; None for all.
+        center: the number that stands for nothing, where that is known.
+    """
+    coded = values.ravel() if kept is None else values[kept]
+    if len(coded) and int(coded.max()) - int(coded.min()) >= histogram.ALPHABET:
+        return None
+    tried = [_by_table(coded, coding == "huffman")]
+    if coding == "small" and len(coded) and coded.min() < coded.max() and values.size <= MIXED_LIMIT:
+        shape = matrix(values.shape)
+        mask = None if kept is None else kept.reshape(shape)
+        tried.append(bytes([MIXED]) + mixing.encode(values.reshape(shape), mask, center))
+    return _filled(min(tried, key=len), len(coded))
+
+
+def decode_whole(data: Reader, shape: tuple[int, ...], kept: Flags | None = None) -> Whole:
+    """The numbers back, of that shape; 0 where they were not kept. Reads all that is left of the data.
+
+    Raises:
+        ArtifactError: the data is no such stream.
+    """
+    count = math.prod(shape) if kept is None else int(kept.sum())
+    method = _opened(data, count)
+    if method == MIXED:
+        if math.prod(shape) > MIXED_LIMIT or not count:
+            raise ArtifactError("its coding makes no sense")
+        rows = matrix(shape)
+        mixed = mixing.decode(data, rows, None if kept is None else kept.reshape(rows))
+        return mixed.reshape(shape)
+    if method not in (TABLE, SPARSE, HUFFMAN, SPARSE_HUFFMAN):
+        raise ArtifactError(f"its numbers are written in a way that this version does not know ({method})")
+    found = _from_table(data, method, count)
+    if kept is None:
+        return found.reshape(shape)
+    placed = np.zeros(shape, np.int64)
+    placed[kept] = found
+    return placed
+
+
+def _by_table(values: Whole, by_huffman: bool) -> bytes:
+    """Numbers, (n,), block after block."""
+    sparse = False
+    if len(values):
+        counts = np.bincount(values - values.min())
+        sparse = SPARSE_SHARE < counts.max() / len(values) < 1
+    method = (SPARSE_HUFFMAN if sparse else HUFFMAN) if by_huffman else (SPARSE if sparse else TABLE)
+    parts = [bytes([method])]
+    for begin in range(0, len(values), BLOCK):
+        block = values[begin : begin + BLOCK]
+        if sparse:
+            most = int(np.bincount(block - block.min()).argmax() + block.min())
+            others = block != most
+            where = histogram.encode_flags(others, by_huffman)
+            written = varint(zigzag(most)) + varint(len(where)) + where + histogram.encode(block[others], by_huffman)
+        else:
+            written = histogram.encode(block, by_huffman)
+        parts += [varint(len(written)) if len(values) > BLOCK else b"", written]
+    return b"".join(parts)
+
+
+def _from_table(data: Reader, method: int, count: int) -> Whole:
+    by_huffman = method in (HUFFMAN, SPARSE_HUFFMAN)
+    found = np.empty(count, np.int64)
+    for begin in range(0, count, BLOCK):
+        size = min(BLOCK, count - begin)
+        part = Reader(data.take(data.varint() if count > BLOCK else data.left))
+        if method in (TABLE, HUFFMAN):
+            found[begin : begin + size] = histogram.decode(part, size, by_huffman)
+            continue
+        most = unzigzag(part.varint())
+        others = histogram.decode_flags(Reader(part.take(part.varint())), size, by_huffman)
+        block = np.full(size, most)
+        block[others] = histogram.decode(part, int(others.sum()), by_huffman)
+        found[begin : begin + size] = block
+    data.end()
+    return found
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns that a tensor is coded as: outputs by all the rest; a vector as near to a square as it goes."""
+    count = math.prod(shape)
+    if len(shape) > 1:
+        return shape[0], count // max(1, shape[0])
+    rows = next((rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0), 1)
+    return rows, count // rows
+
+
+# Tensors of every type ------------------------------------------------------------------------------------------------
+
+
+def encode(tensor: Tensor, coding: Coding = "small") -> bytes:
+    """A tensor of any type as bytes; `decode` needs its type and shape again."""
+    tensor = tensor.detach().cpu().contiguous()
+    if _is_whole(tensor.dtype):
+        written = encode_whole(tensor.to(torch.int64).numpy(), coding)
+        if written is not None:
+            return written
+    elements = elements_of(tensor)
+    parts = [bytes([PLANES])]
+    for begin in range(0, len(elements), BLOCK):
+        parts.append(_encode_planes(elements[begin : begin + BLOCK], coding))
+    return _filled(b"".join(parts), tensor.numel())
+
+
+def decode(data: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor back; reads all that is left of the data.
+
+    Raises:
+        ArtifactError: the data is no such stream.
+    """
+    count = math.prod(shape)
+    if _is_whole(dtype) and data.peek() != PLANES:
+        found = decode_whole(data, shape)
+        bounds = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        if found.size and not bounds[0] <= int(found.min()) <= int(found.max()) <= bounds[1]:
+            raise ArtifactError("it holds numbers that its type cannot")
+        return torch.from_numpy(found.ravel()).to(dtype).reshape(shape)
+    if _opened(data, count) != PLANES:
+        raise ArtifactError("it is written in a way that this version does not know")
+    parts = 2 if dtype.is_complex else 1
+    width = dtype.itemsize // parts
+    elements = np.empty(count * parts, f"<u{width}")
+    for begin in range(0, len(elements), BLOCK):
+        size = min(BLOCK, len(elements) - begin)
+        elements[begin : begin + size] = _decode_planes(data, size, width)
+    data.end()
+    if dtype.is_floating_point or dtype.is_complex:
+        elements = elements >> 1 | (elements & 1) << (8 * width - 1)
+    raw = torch.from_numpy(elements.view(np.uint8))
+    return raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+
+
+def check_size(size: int, values: int) -> None:
+    """See that a stream is no shorter than so many values may be.
+
+    Raises:
+        ArtifactError: it is.
+    """
+    if values > VALUES_PER_BYTE * size:
+        raise ArtifactError(f"{values} values cannot be in {size} bytes")
+
+
+def _filled(written: bytes, values: int) -> bytes:
+    return bytes([FILLING]) * (-(-values // VALUES_PER_BYTE) - len(written)) + written
+
+
+def _opened(data: Reader, values: int) -> int:
+    """The first byte of a stream behind what fills it up."""
+    check_size(data.left, values)
+    while (method := data.byte()) == FILLING:
+        pass
+    return method
+
+
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.uint64
+
+
+def elements_of(tensor: Tensor) -> Elements:
+    """The tensor's elements as unsigned numbers, (n,); of floats the sign comes last, and the exponent first."""
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    width = tensor.element_size() // (2 if tensor.is_complex() else 1)
+    flat = tensor.flatten()
+    raw = flat.view(torch.uint8).numpy() if len(flat) else np.zeros(0, np.uint8)
+    elements = cast(Elements, raw.view(f"<u{width}"))
+    return cast(Elements, elements << 1 | elements >> (8 * width - 1)) if floating else elements
+
+
+def _encode_planes(elements: Elements, coding: Coding) -> bytes:
+    """Elements byte by byte, the highest first: exponents repeat much, the last digits hardly."""
+    count, width = len(elements), elements.dtype.itemsize
+    planes = elements.reshape(-1, 1).view(np.uint8)
+    above: NDArray[np.uint8] | None = None
+    parts: list[bytes] = []
+    for place in range(width - 1, -1, -1):
+        plane = np.ascontiguousarray(planes[:, place])
+        tried = [(float(count), PLAIN)]
+        if coding != "huffman":
+            counts = np.bincount(plane, minlength=256)
+            tried.append((histogram.entropy_bytes(counts[None]), ALONE))
+            if above is not None and place == width - 2:
+                together = np.bincount(above.astype(np.int64) << 8 | plane, minlength=65536)
+                tried.append((histogram.entropy_bytes(together.reshape(256, 256)), GIVEN))
+        method = PLAIN
+        for size, other in tried:
+            if size < WORTH * tried[0][0]:
+                method, tried[0] = other, (size, other)
+        written = plane.tobytes()
+        if method == ALONE:
+            written = histogram.encode(plane.astype(np.int64))
+        elif method == GIVEN and above is not None:
+            written = histogram.encode_bytes(plane, above)
+        if len(written) >= count:
+            method, written = PLAIN, plane.tobytes()
+        parts += [bytes([method]), varint(len(written)) if method else b"", written]
+        above = plane
+    return b"".join(parts)
+
+
+def _decode_planes(data: Reader, count: int, width: int) -> Elements:
+    planes = np.empty((count, width), np.uint8)
+    above: NDArray[np.uint8] | None = None
+    for place in range(width - 1, -1, -1):
+        method = data.byte()
+        if method == PLAIN:
+            plane = np.frombuffer(data.take(count), np.uint8)
+        else:
+            part = Reader(data.take(data.varint()))
+            if method == ALONE:
+                found = histogram.decode(part, count)
+                if count and not 0 <= int(found.min()) <= int(found.max()) <= 255:
+                    raise ArtifactError("it holds numbers that are no bytes")
+                plane = found.astype(np.uint8)
+            elif method == GIVEN and above is not None:
+                plane = histogram.decode_bytes(part, above)
+            else:
+                raise ArtifactError(f"its bytes are written in a way that this version does not know ({method})")
+        planes[:, place] = above = plane
+    return planes.view(f"<u{width}").reshape(count)
