@@ -167,6 +167,7 @@ class _Emitter:
 
         self.ir, self.model, self.graph, self.marks, self.portable = ir, model, model.graph, marks, portable
         self.notes: list[str] = []
+        self.tables: dict[tuple[int, int, int], Any] = {}
         self.count = 0
 
     def run(self) -> tuple[str, ...]:
@@ -179,12 +180,12 @@ class _Emitter:
             self._whole_behind(node)
         for node in list(self.graph):
             self._mean_as_pool(node)
-            self._dynamic_gemm(node)
         for node in own:
             mark = self.marks[node.attributes["name"].as_string()]
             if isinstance(mark, Weight):
                 self._weight(node, node.attributes["name"].as_string(), mark)
         for node in list(self.graph):
+            self._dynamic_gemm(node)
             self._bias(node)
         for node in list(self.graph):
             self._redundant(node)
@@ -260,16 +261,23 @@ class _Emitter:
         self._replace(node, result)
 
     def _dynamic_gemm(self, node: Any) -> None:
-        """A Linear whose input finds its range at every call as a product and a sum, which fuse with the rounding."""
+        """A Linear whose input finds its range at every call, as the product of whole numbers that it is.
+
+        ONNX Runtime makes it of a MatMul by itself, but a MatMul of matrices becomes a Gemm before it comes to that.
+        """
         if node.op_type != "Gemm" or not _from_whole(node.inputs[0], "DynamicQuantizeLinear"):
+            return
+        weight = node.inputs[1].producer()
+        if weight is None or weight.op_type != "DequantizeLinear" or weight.inputs[0].const_value is None:
             return
         if _int(node, "transB") != 1 or _int(node, "transA"):
             return
-        turned = self.ir.Node("", "Transpose", [node.inputs[1]], [self.ir.AttrInt64s("perm", [1, 0])])
-        self.count += 1
-        turned.outputs[0].name = f"transpose_{self.count}"
-        self.graph.insert_before(node, turned)
-        result = self._add(node, "MatMul", [node.inputs[0], turned.outputs[0]]).outputs[0]
+        x, x_scale, x_zero = node.inputs[0].producer().inputs
+        codes, scale, zero = (value.const_value.numpy() for value in weight.inputs)
+        turned = self._constant(np.ascontiguousarray(codes.T), f"{weight.inputs[0].name}_turned")
+        made = self._add(node, "MatMulInteger", [x, turned, x_zero, self._constant(zero)]).outputs[0]
+        step = self._add(node, "Mul", [x_scale, self._constant(scale)]).outputs[0]
+        result = self._add(node, "Mul", [self._cast(node, made, "FLOAT"), step]).outputs[0]
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             result = self._add(node, "Add", [result, node.inputs[2]]).outputs[0]
         self._replace(node, result)
@@ -372,7 +380,9 @@ class _Emitter:
         packed = (padded << shifts).sum(1).astype(np.uint8)
         table = ((np.arange(256)[:, None] >> shifts) & ((1 << width) - 1)) * step + least
         places = self._cast(node, self._constant(packed, f"{name}_packed_{width}"), "INT32")
-        found = self._add(node, "Gather", [self._constant(table.astype(np.int8)), places]).outputs[0]
+        known = self.tables.get((width, step, least))
+        self.tables[width, step, least] = known = known or self._constant(table.astype(np.int8))
+        found = self._add(node, "Gather", [known, places]).outputs[0]
         flat = self._shaped(node, found, -1)
         ends = [self._constant(np.array([n], np.int64)) for n in (0, len(codes))]
         return self._add(node, "Slice", [flat, *ends]).outputs[0]
@@ -473,6 +483,8 @@ class _Emitter:
 
     def _replace(self, node: Any, value: Any) -> None:
         old = node.outputs[0]
+        if value.shape is None:
+            value.type, value.shape = old.type, old.shape
         if old.is_graph_output():
             if value.is_graph_input() or value.producer() is None:
                 value = self._add(node, "Identity", [value]).outputs[0]

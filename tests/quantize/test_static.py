@@ -155,7 +155,7 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inward(x)
         wild = torch.where(y > -1e9, y, y) / (x.abs() * 0)  # infinite
-        return self.outward(y) + 0 * self.spare(wild).nan_to_num(0, 0, 0) + self.spare(y[:0]).sum(0)
+        return self.outward(y) + 0 * self.spare(wild).nan_to_num(0, 0, 0) + self.spare(y[:0].sin()).sum(0)
 
 
 def test_infinite_activations_and_unseen_ranges_are_left_with_the_reason():
@@ -268,7 +268,7 @@ def test_few_bits_take_few_bits_in_the_file_and_mean_the_same(bits, tmp_path):
     size = (tmp_path / "m.onnx").stat().st_size
     stored_bits = 8 if bits > 4 else bits
     weights = 64 * 16 * 9 + 576 * 64
-    assert weights * stored_bits / 8 < size < weights * stored_bits / 8 + 9_000
+    assert weights * stored_bits / 8 < size < weights * stored_bits / 8 + 12_000
 
 
 def test_four_bit_weights_alone_become_blocks_that_onnxruntime_multiplies(tmp_path):
