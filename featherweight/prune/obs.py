@@ -47,10 +47,11 @@ class OBS(Unstructured):
 
     def scores(self, layer: Layer, seen: Statistics | None) -> Tensor:
         """What each weight alone would lose, w² / [H⁻¹]ᵢᵢ, weighed by its output's gradient."""
-        return _alone(sweeps.of_layer(layer, seen)).reshape(layer.weight.shape)
+        of, gone = _prepared(layer, seen)
+        return _alone(of).masked_fill(gone, 0).reshape(layer.weight.shape)
 
     def pruned(self, layer: Layer, form: Constraint, seen: Statistics | None) -> tuple[Tensor, Tensor | None]:
-        of, gone = sweeps.of_layer(layer, seen), _gone(layer)
+        of, gone = _prepared(layer, seen)
         assert of.gram is not None
         if isinstance(form, Mask) and self._exactly(of):
             stay = sweeps.eliminated(*sweeps.orders(of, gone), form.kept).reshape(of.weight.shape)
@@ -77,10 +78,10 @@ class OBS(Unstructured):
         return moved[..., back], stay[..., back]
 
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
-        of = sweeps.of_layer(layer, seen)
+        of, gone = _prepared(layer, seen)
         kept = [option.form.kept for option in options if isinstance(option.form, Mask)]
         if len(kept) == len(options) and self._exactly(of):
-            costs = sweeps.orders(of, _gone(layer))[1].cummax(1).values.flatten().sort().values.cumsum(0)
+            costs = sweeps.orders(of, gone)[1].cummax(1).values.flatten().sort().values.cumsum(0)
             whole = 1.0 if of.gradients is not None else sweeps.output(of)
             return [float(costs[len(costs) - k - 1]) / whole if k < len(costs) else 0.0 for k in kept]
         places = sorted({round(i) for i in torch.linspace(0, len(options) - 1, SWEPT).tolist()}) if options else []
@@ -94,11 +95,17 @@ class OBS(Unstructured):
         return groups * outputs * width**3 <= EXACT if self.exact is None else self.exact
 
 
-def _gone(layer: Layer) -> Tensor:
-    """The weights that are zero already, as matrices."""
-    return (layer.weight.detach() == 0).reshape(
-        sweeps.groups_of(layer), len(layer.weight) // sweeps.groups_of(layer), -1
-    )
+def _prepared(layer: Layer, seen: Statistics | None) -> tuple[Matrix, Tensor]:
+    """The layer as matrices, and which of its weights are worth nothing: zero already, or of an input that never is.
+
+    Damping would have the latter matter; SparseGPT sets them to zero first, and so does this.
+    """
+    of = sweeps.of_layer(layer, seen)
+    assert of.gram is not None
+    inputs = of.gram.diagonal(dim1=1, dim2=2)
+    dead = (inputs <= 1e-7 * inputs.mean(1, keepdim=True))[:, None]
+    gone = (layer.weight.detach() == 0).reshape(of.weight.shape) | dead
+    return replace(of, weight=of.weight.masked_fill(dead, 0)), gone
 
 
 def _alone(of: Matrix) -> Tensor:

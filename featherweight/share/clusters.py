@@ -106,10 +106,10 @@ def _lloyd_on_a_line(values: Tensor, weights: Tensor, centroids: Tensor, rounds:
     mass = torch.cat([nothing, weights.cumsum(0)])
     moment = torch.cat([nothing, (weights * values).cumsum(0)])
     first, last = values.new_tensor([0]).long(), values.new_tensor([len(values)]).long()
-    ends = torch.empty(0)
+    ends: Tensor | None = None
     for _ in range(rounds):
         between = torch.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2)
-        if torch.equal(between, ends):
+        if ends is not None and torch.equal(between, ends):
             break
         ends = between
         starts, stops = torch.cat([first, between]), torch.cat([between, last])
