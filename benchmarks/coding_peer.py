@@ -59,7 +59,7 @@ def nncodec(state, qp, out):
     import numpy as np
     from nncodec.nn import decode, encode
 
-    values = {name: value for name, value in np.load(state).items()}
+    values = dict(np.load(state).items())
     begun = time.process_time()
     coded = encode(values, {"qp": int(qp), "results": str(Path(out).parent), "model": "m", "verbose": False})
     between = time.process_time()
