@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featherweight as fw
 from featherweight import edits as editing
-from featherweight import factorize, prune
+from featherweight import factorize, prune, quantize
 from featherweight.batch import as_inputs
 from featherweight.cost.count import profile
 from featherweight.edits import Narrow, Replace
@@ -56,6 +56,7 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
     prune.Neurons: {"plain": {"ratio": 0.5}},
     prune.Blocks: {"plain": {"count": 1}, "optimal": {"budget": fw.Budget(params=0.95)}},
     prune.Heads: {name: STRUCTURED[name] for name in ("optimal", "plain")},
+    quantize.RateDistortion: {"plain": {"coarseness": 0.3}, "optimal": {"budget": fw.Budget(bytes=0.4)}},
 }
 # The networks that each step is tested on: it finds something to change in all of them.
 MEETS: dict[type[Step], tuple[str, ...]] = {
@@ -66,6 +67,7 @@ MEETS: dict[type[Step], tuple[str, ...]] = {
     prune.Neurons: ("transformer",),
     prune.Blocks: ("stacked",),
     prune.Heads: ("attention",),
+    quantize.RateDistortion: ("residual", "transformer"),
 }
 # But not in these settings.
 NOTHING_IN = {(factorize.SpatialSVD, "the other axis", "temporal")}
