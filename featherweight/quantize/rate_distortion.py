@@ -322,7 +322,7 @@ class _Bench:
     def size(self, coarseness: float) -> int:
         """The bytes of the file at a coarseness, without a record."""
         model, made = self.trial(coarseness)
-        return artifact.measured(model, [*self.study.made, *made], sketch(self.study.task.inputs()))
+        return artifact.measured(model, [*self.study.made, *made], None, sketch(self.study.task.inputs()))
 
     def described(self, made: Sequence[Edit]) -> str:
         """What came of it, in a few words."""

@@ -140,6 +140,7 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
         "plain": {"bits": 4, "activation_bits": 4, "epochs": 2},
         "zero points": {"learn": "lsq+", "distill": True, "epochs": 1, "target": "openvino"},
     },
+    quantize.RateDistortion: {"plain": {"coarseness": 0.3}, "optimal": {"budget": fw.Budget(bytes=0.4)}},
 }
 # The networks that each step is tested on: it finds something to change in all of them.
 MEETS: dict[type[Step], tuple[str, ...]] = {
@@ -174,6 +175,7 @@ MEETS: dict[type[Step], tuple[str, ...]] = {
     quantize.Static: ("residual", "transformer", "temporal"),
     quantize.Dynamic: ("transformer",),
     quantize.QAT: ("residual", "attention"),
+    quantize.RateDistortion: ("residual", "transformer"),
 }
 # Steps that leave every layer as large as it was, and store it in fewer bits.
 SMALLER_NUMBERS = tuple(step for step in SETTINGS if step.stage is Stage.VALUES)
