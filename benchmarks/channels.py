@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import os
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ import digits
 import fashion
 import torch
 from data import load
-from results import publish
+from results import FOLDER, processor, publish
 from torch import nn
 from torch.utils.data import DataLoader
 from train import Photos, augment, smoothed
@@ -254,11 +255,32 @@ def main(options: argparse.Namespace) -> None:
     for name in options.parts:
         table = tables[name]()
         print("\n".join(table), "\n", file=sys.stderr)  # as they come: the whole takes half an hour
-        lines += ["", *table]
+        when = f"Measured on {datetime.date.today().isoformat()}, {processor()}."
+        lines += ["", table[0], "", when, *table[1:]]
+    if options.write:  # parts that were not measured now stay as they are
+        lines += kept_of((FOLDER / "channels.md").read_text(encoding="utf-8"), options.parts)
     publish("channels", __doc__ or "", lines, options.write)
 
 
-PARTS = ("digits", "fashion", "latency", "ways")
+def kept_of(text: str, parts: Sequence[str]) -> list[str]:
+    """Of a results file the lines of tables that are of other parts."""
+    kept, keep = [], False
+    for line in text.rstrip().splitlines():
+        if line.startswith("## "):
+            keep = not any(line.startswith(f"## {HEADINGS[part]}") for part in parts)
+            kept += [""] if keep else []
+        if keep and (line or kept[-1:] != [""]):
+            kept.append(line)
+    return kept
+
+
+HEADINGS = {
+    "digits": "The digits network",
+    "fashion": "The demo network",
+    "latency": "Latency",
+    "ways": "Ways of pruning",
+}
+PARTS = tuple(HEADINGS)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,8 +291,6 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=512, help="calibration images of the digits network, of 1,200")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls of each network")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="also keep the tables in benchmarks/results")
+    parser.add_argument("--write", action="store_true", help="also keep these tables in benchmarks/results")
     given = parser.parse_args()
-    if given.write and set(given.parts) != set(PARTS):
-        parser.error("--write keeps all tables in one file, so give no --parts with it")
     main(given)

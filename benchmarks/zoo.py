@@ -12,10 +12,11 @@ Every network has a name, ``set:name``, and `build` makes it with an example of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,9 @@ lwopenpose2d_mobilenet_cmupan_coco lwopenpose_cmupan 128 | lffd20x5s320v2_widerf
 # Of these the ones that are told the size of their images, and those with a second head to leave out.
 SIZED = "fastscnn bisenet deeplabv3 pspnet sinet centernet simplepose_coco lwopenpose_cmupan".split()  # noqa: SIM905
 AUXILIARY = "fastscnn deeplabv3 pspnet".split()  # noqa: SIM905
+
+# The side of images for networks that would want larger ones, where they take smaller.
+LARGEST = 256
 
 TIMM = """
 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 convnext_atto mixer_s32_224
@@ -453,9 +457,28 @@ def _pytorchcv(file: str, function: str, side: int | None) -> tuple[nn.Module, I
     known = inspect.signature(make).parameters
     if "pretrained" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         settings = {}
-    made = make(**settings)
+    with _names_kept():
+        made = make(**settings)
+    if side is None and max(getattr(made, "in_size", (0,))) > LARGEST:
+        with contextlib.suppress(AssertionError, TypeError, ValueError):  # which say that it takes no other size
+            made, side = make(**settings, in_size=(LARGEST, LARGEST)), LARGEST
     size = (side, side) if side is not None else getattr(made, "in_size", (224, 224))
     return made, Inputs((torch.randn(1, getattr(made, "in_channels", 3), *size),))
+
+
+@contextlib.contextmanager
+def _names_kept() -> Iterator[None]:
+    """Parts of a Sequential keep their names when one is deleted, as they did when pytorchcv was written."""
+    renumbering = nn.Sequential.__delitem__
+
+    def delete(parts: nn.Sequential, index: int) -> None:
+        del parts._modules[list(parts._modules)[index]]
+
+    nn.Sequential.__delitem__ = delete  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Sequential.__delitem__ = renumbering  # type: ignore[method-assign]
 
 
 def _vision(name: str) -> tuple[nn.Module, Inputs]:
