@@ -22,6 +22,7 @@ from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
 from featherweight.forms.rounding import Rounded, Rounding
 from featherweight.forms.separable import Separable
+from featherweight.forms.signed_input import SignedInput, WithSignedInput
 from featherweight.forms.signs import Binary, Signs, Ternary
 
 __all__ = [
@@ -52,9 +53,11 @@ __all__ = [
     "Rounding",
     "Separable",
     "Shared",
+    "SignedInput",
     "Signs",
     "Stored",
     "Ternary",
+    "WithSignedInput",
     "beneath",
     "constrained_tensors",
     "constraints_on",

@@ -9,19 +9,32 @@ task's own training goes on with straight-through gradients. First and last laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from featherweight.curvature.rounding import Matrix
+from featherweight.edits import Edit, Leave, Replace
+from featherweight.forms import SignedInput
 from featherweight.layers import PerLayer
 from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.rounding import Lattice, Rounding
+from featherweight.search.options import Plan
+from featherweight.study import Study
 
 
 @dataclass(frozen=True)
 class _Few(Rounding):
+    """What two values and three have in common.
+
+    Attributes:
+        activations: give the layers the signs of their inputs, times the mean of each sample's magnitudes, as well.
+    """
+
+    activations: bool = False
+
     def ways(self) -> dict[str, Any]:
         given = super().ways()
         chosen = given["budget"] is not None or given["select"] is not None
@@ -29,6 +42,24 @@ class _Few(Rounding):
 
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
         return GPTQ().rounded(of, lattice)
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """Round layer after layer; where inputs become signs too, those first, since weights are fitted to them."""
+        if not self.activations:
+            yield from super().edits(study)
+            return
+        bench = self._bench(study)
+        choosing = self.choose(bench)
+        plan = choosing.plan
+        for name in plan.layers:
+            values = {f"layer.{key}": value for key, value in bench.layers[name].state_dict().items()}
+            yield Replace(name, SignedInput(), values)
+        inside = Plan(self.name, {f"{name}.layer": form for name, form in plan.layers.items()})
+        step = replace(self, activations=False, bits=None, budget=None, select=inside)
+        left = {name: reason for name, reason in bench.left.items() if name not in plan.layers}
+        for edit in step.edits(study.again()):
+            yield replace(edit, reason=left.get(edit.layer, edit.reason)) if isinstance(edit, Leave) else edit
+        bench.record(choosing)  # by the names that the layers had
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,11 @@ def equalize(model: nn.Module, inputs: Inputs) -> tuple[list[Link], str]:
 
 def links(trace: Trace) -> list[Link]:
     """All pairs of layers that can be equalized, in the graph's order."""
-    return [link for node in trace.graph.graph.nodes if _op(node) in LAYERS for link in _behind(trace, node)]
+    return [link for node in trace.graph.graph.nodes if operation_of(node) in LAYERS for link in _behind(trace, node)]
 
 
 def _behind(trace: Trace, node: fx.Node) -> Iterator[Link]:
-    first, bias = _name(trace, node, 1), _name(trace, node, 2)
+    first, bias = name_of(trace, node, 1), name_of(trace, node, 2)
     if first is None or (bias is None and len(node.args) > 2 and node.args[2] is not None):
         return
     norm: tuple[str, str, str, str] | None = None
@@ -114,15 +114,17 @@ def _behind(trace: Trace, node: fx.Node) -> Iterator[Link]:
         (user,) = current.users
         if not user.args or user.args[0] is not current:
             return
-        operation = _op(user)
+        operation = operation_of(user)
         if operation == "batch_norm" and current is node:
-            names = [_name(trace, user, place) for place in (1, 2, 3, 4)]
+            names = [name_of(trace, user, place) for place in (1, 2, 3, 4)]
             if any(name is None for name in names):
                 return
             norm, epsilon = cast(tuple[str, str, str, str], tuple(names)), cast(float, user.args[7])
         elif operation in LAYERS:
-            second = _name(trace, user, 1)
-            same = (operation == "linear") == (_op(node) == "linear") and not (pooled and operation == "linear")
+            second = name_of(trace, user, 1)
+            same = (operation == "linear") == (operation_of(node) == "linear") and not (
+                pooled and operation == "linear"
+            )
             if second is not None and same and second != first:
                 groups = cast(int, user.args[6]) if operation != "linear" and len(user.args) > 6 else 1
                 yield Link(first, bias, norm, epsilon, second, groups)
@@ -133,11 +135,12 @@ def _behind(trace: Trace, node: fx.Node) -> Iterator[Link]:
         current = user
 
 
-def _op(node: fx.Node) -> str:
+def operation_of(node: fx.Node) -> str:
+    """The name of an ATen operation, without its overload; empty for what is none."""
     return str(node.target).removeprefix("aten.").partition(".")[0] if node.op == "call_function" else ""
 
 
-def _name(trace: Trace, node: fx.Node, place: int) -> str | None:
+def name_of(trace: Trace, node: fx.Node, place: int) -> str | None:
     """The one name of the tensor that an operation takes there, where nothing else reads it."""
     given = node.args[place] if len(node.args) > place else None
     if not isinstance(given, fx.Node) or given.op != "get_attr" or len(given.users) != 1:

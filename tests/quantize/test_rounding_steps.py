@@ -200,3 +200,23 @@ def test_settings_that_cannot_be_are_said(settings, message):
     with pytest.raises(RecipeError) as caught:
         fw.compress(model, quantize.Weights(**settings), task=task_of(model))
     assert message in str(caught.value)
+
+
+def test_inputs_become_signs_too_where_asked(tmp_path):
+    model = make(Temporal)
+    task = task_of(model, train=train)
+    step = quantize.Binary(ignore=("first", "last"), activations=True, epochs=1)
+    small = fw.compress(model, step, task=task)
+    (entry,) = small.ledger.steps
+    assert entry.left == {"first": "ignored, as asked", "last": "ignored, as asked"}
+    grouped = small.model.grouped
+    seen = []
+    grouped.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(1))
+    grouped(x)
+    expected = x.abs().mean((1, 2), keepdim=True) * torch.where(x < 0, -1, 1)
+    torch.testing.assert_close(seen[0], expected)
+    assert constraints_on(grouped.layer)[0].form == Binary()
+    small.save(tmp_path / "small.fw")
+    again = fw.load(tmp_path / "small.fw", into=make(Temporal, seed=1)).model
+    assert torch.equal(again(Temporal.data(2)), small.model(Temporal.data(2)))
