@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import RecipeError
-from featherweight.forms import Layer, Mask, Masked, constraints_on, is_layer
+from featherweight.forms import Layer, Mask, Masked, beneath, constraints_on, is_layer
 from featherweight.layers import layer_names, obstacles, unmatched
 from featherweight.mend import finetune
 from featherweight.prune import schedules, spreads
@@ -90,6 +90,8 @@ class Movement(Step):
             _take_scores_off(layer)
             form = Mask(int(scored.mask.sum()))
             cast(Masked, form.put_on(layer)).mask.copy_(scored.mask)
+            with torch.no_grad():
+                beneath(layer).mul_(scored.mask)
             yield Constrain(name, form, layer.state_dict())
         study.model.load_state_dict(model.state_dict())
 

@@ -161,10 +161,10 @@ class Sparsity(Layerwise):
         built = cast(Layer, form.build(layer))
         with torch.no_grad():
             cast(Masked, constraints_on(built)[-1]).mask.copy_(stay)
-            if moved is not None:
-                beneath(built).copy_((moved * stay).to(layer.weight.dtype))
-                if layer.bias is not None and built.bias is not None and seen is not None:
-                    built.bias.copy_(corrected_bias(layer.weight, layer.bias, built.weight, seen))
+            # Zero beneath the mask too: files hold no more than what is kept.
+            beneath(built).copy_(((layer.weight if moved is None else moved) * stay).to(layer.weight.dtype))
+            if moved is not None and layer.bias is not None and built.bias is not None and seen is not None:
+                built.bias.copy_(corrected_bias(layer.weight, layer.bias, built.weight, seen))
         return built.state_dict()
 
 
