@@ -103,7 +103,7 @@ def test_a_type_that_safetensors_has_not_is_named(tmp_path):
 def test_the_command_line_packs_and_inspects(packed, tmp_path, capsys):
     small, again = str(tmp_path / "model.fw"), str(tmp_path / "again.safetensors")
     assert cli.main(["pack", str(packed), small]) == 0
-    assert "model.fw: 5" in capsys.readouterr().out.replace("\n", "")
+    assert "65." in capsys.readouterr().out, "per cent of the bytes"
     assert cli.main(["unpack", small, again]) == 0
     assert cli.main(["inspect", small]) == 0
     assert "model.embed" in capsys.readouterr().out

@@ -18,8 +18,8 @@ Whole = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Elements = NDArray[np.unsignedinteger]
 
-# How hard to try: the least bytes; twenty times as fast, for some 10 to 30 % more; Huffman's code as Deep Compression
-# has it, to compare with.
+# How hard to try: the least bytes; many times as fast, for some 10 to 30 % more where weights are pruned; Huffman's
+# code as Deep Compression has it, to compare with.
 Coding = Literal["small", "fast", "huffman"]
 CODINGS = ("small", "fast", "huffman")
 
@@ -33,8 +33,10 @@ FILLING = 255
 PLAIN, ALONE, GIVEN = range(3)
 # Values that are coded with tables of their own: what coding takes of memory stays bounded.
 BLOCK = 1 << 22
-# Up to so many values are worth a second a million.
+# Matrices of more values are never written by their surroundings, and above the second number not tried: that takes
+# one to five seconds a million, each way.
 MIXED_LIMIT = 1 << 22
+MIXED_TRIED = 1 << 20
 # Of so large a share, the most frequent number is worth saying apart where it is.
 SPARSE_SHARE = 0.6
 # The saving for which a plane of bytes is coded at all.
@@ -59,7 +61,7 @@ def encode_whole(
     if len(coded) and int(coded.max()) - int(coded.min()) >= histogram.ALPHABET:
         return None
     tried = [_by_table(coded, coding == "huffman")]
-    if coding == "small" and len(coded) and coded.min() < coded.max() and values.size <= MIXED_LIMIT:
+    if coding == "small" and len(coded) and coded.min() < coded.max() and values.size <= MIXED_TRIED:
         shape = matrix(values.shape)
         mask = None if kept is None else kept.reshape(shape)
         tried.append(bytes([MIXED]) + mixing.encode(values.reshape(shape), mask, center))
