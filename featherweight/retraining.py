@@ -81,14 +81,12 @@ class Retraining(Step):
         """Train, and say which layers were left alone and why; no edits of form."""
         model = study.model
         stays = _owners(model, self.ignore)
-        trained = False
         for name, layer in weighted_layers(model).items():
             if _ignored(name, self.ignore):
                 yield Leave(name, "ignored, as asked")
             elif not any(p.requires_grad for p in layer.parameters()):
                 yield Leave(name, "none of its parameters requires a gradient")
-        trained = any(p.requires_grad for owner, p in _owned(model) if owner not in stays)
-        if not trained:
+        if not any(p.requires_grad for owner, p in _owned(model) if owner not in stays):
             return
         with _kept(model, stays):
             history = self.retrain(study)

@@ -15,7 +15,8 @@ from torch import nn
 from featherweight.distill.distillation import Distillation
 from featherweight.distill.fresh import start_anew
 from featherweight.distill.learning import learn
-from featherweight.distill.response import Response
+from featherweight.distill.response import Response, unknown_kinds
+from featherweight.layers import PerLayer
 from featherweight.retraining import Retraining
 from featherweight.study import Study
 from featherweight.task import Task
@@ -27,12 +28,14 @@ class BornAgain(Retraining):
 
     Attributes:
         generations: how many times; each takes `epochs`.
+        by: how answers are matched, as in `distill.Response`.
         weight: how much the answers of the generation before count.
         hard: how much the task's own loss counts; None for 1, and for 0 where there is no loss to be told.
         temperature: of the softmax; the paper's 1.
     """
 
     generations: int = 1
+    by: PerLayer[str] | None = None
     weight: float = 1.0
     hard: float | None = None
     temperature: float = 1.0
@@ -41,6 +44,7 @@ class BornAgain(Retraining):
         found = super().problems(model, task)
         if task.train is None and self.trains(model):
             found.append("a network that starts anew needs labels: give Task(train=...)")
+        found += unknown_kinds(self.by)
         if self.generations < 1:
             found.append(f"generations is {self.generations}: it must be at least 1")
         for name in ("weight", "hard"):
@@ -58,7 +62,7 @@ class BornAgain(Retraining):
             kept = start_anew(model)
             if kept and generation == 1:
                 study.notes.append(f"kept their values, as nothing says how they would begin: {', '.join(kept)}")
-            response = Response(weight=self.weight, temperature=self.temperature)
+            response = Response(by=self.by, weight=self.weight, temperature=self.temperature)
             example, own = study.task.inputs(), study.task.loss
             with Distillation(model, teacher, response, task_loss=own, hard=self.hard, example=example) as loss:
                 history = learn(study, loss, self.epochs, self.options)

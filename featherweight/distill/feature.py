@@ -107,6 +107,8 @@ class _Reused(Term):
         head, its = scene.student.get_submodule(own), scene.teacher.get_submodule(other)
         assert isinstance(head, nn.Linear)
         assert isinstance(its, nn.Linear)
+        if not all(parameter.requires_grad for parameter in head.parameters()):
+            raise TaskError(f"simkd puts another layer in the place of {own}, which is not to be trained")
         if head.out_features != its.out_features or (its.bias is not None and head.bias is None):
             raise TaskError(
                 f"simkd puts {other} ({its}) in the place of {own} ({head}): they must give the same outputs"

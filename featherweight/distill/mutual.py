@@ -19,10 +19,11 @@ from featherweight.distill.fresh import start_anew
 from featherweight.distill.learning import learn
 from featherweight.distill.offline import said_of
 from featherweight.distill.online import OnlineLoss, unknown_loss
-from featherweight.distill.response import Response
+from featherweight.distill.response import Response, unknown_kinds
 from featherweight.distill.term import Given, Scene, Term
 from featherweight.distill.watching import Answer, look, outputs_of
 from featherweight.errors import TaskError
+from featherweight.layers import PerLayer
 from featherweight.retraining import Retraining
 from featherweight.step import plain
 from featherweight.study import Study
@@ -39,11 +40,13 @@ class Mutual(Retraining):
     Attributes:
         peers: with whom: how many networks of its own form, with initial values of their own; ``"original"``, a copy of
             the network that the recipe was given; a network, or a list of several. Those that are given are copied.
+        by: how answers are matched, as in `distill.Response`.
         weight: how much the peers' answers count; the paper's 1.
         temperature: of the softmax; the paper's 1.
     """
 
     peers: Any = 1
+    by: PerLayer[str] | None = None
     weight: float = 1.0
     temperature: float = 1.0
 
@@ -72,6 +75,7 @@ class Mutual(Retraining):
         right = (self.peers >= 1) if number else all(isinstance(p, nn.Module) or p == "original" for p in named)
         if not right or not named:
             found.append(f"peers is {self.peers!r}: it is a number, 'original', a network or a list of networks")
+        found += unknown_kinds(self.by)
         for name in ("weight", "temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -94,7 +98,7 @@ class Mutual(Retraining):
         with torch.random.fork_rng(devices=()):  # so that looking beforehand draws no number of the training's
             torch.manual_seed(PEERS + study.seed)
             peers = self._peers(study)
-        response = Response(temperature=self.temperature)
+        response = Response(by=self.by, temperature=self.temperature)
         return MutualLoss(study.model, peers, response, self.weight, study.task.inputs(), study.task.loss)
 
     def _peers(self, study: Study) -> list[nn.Module]:

@@ -46,9 +46,7 @@ class Response(Offline):
 
     def problems(self, model: Any, task: Any) -> list[str]:
         found = super().problems(model, task)
-        for value in each(self.by):
-            if value is not None and value not in KINDS:
-                found.append(f"by is {value!r}: use {', '.join(KINDS)}")
+        found += unknown_kinds(self.by)
         return (
             [*found, f"temperature is {self.temperature}: it must be more than 0"] if self.temperature <= 0 else found
         )
@@ -73,6 +71,11 @@ class Response(Offline):
             by[name] = chosen
         at = self.class_dim if self.class_dim is not None else (1 if dim is None else dim)
         return _Answers(self, by, at)
+
+
+def unknown_kinds(by: PerLayer[str] | None) -> list[str]:
+    """A sentence for every way of matching that there is not."""
+    return [f"by is {kind!r}: use {', '.join(KINDS)}" for kind in each(by) if kind is not None and kind not in KINDS]
 
 
 class _Answers(Term):

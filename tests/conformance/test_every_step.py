@@ -89,7 +89,6 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
         "plain": {},
         "named": {"by": "attention", "layers": {"one_norm": "one_norm"}},
         "overhaul": {"by": "overhaul"},
-        "simkd": {"by": "simkd", "hard": 0},
     },
     distill.Relation: {
         "plain": {},
@@ -187,7 +186,6 @@ NOTHING_IN = {
     (distill.Response, "dist", "temporal"),  # which is no classifier
     (distill.Response, "decoupled", "temporal"),
     (distill.Feature, "named", "temporal"),  # which has no such layer
-    (distill.Feature, "simkd", "temporal"),  # which ends in a convolution
 }
 
 CASES = [
@@ -346,7 +344,7 @@ def test_values_were_changed_and_the_form_was_not(step, settings, network):
         assert after[name].shape == parameter.shape, name
     stays = {name for name, parameter in before.items() if torch.equal(parameter, after[name])}
     frozen = {name for name, parameter in before.items() if not parameter.requires_grad}
-    assert frozen <= stays or settings == "simkd"
+    assert frozen <= stays
     # But for a bias that the answers do not depend on, and a last layer behind the features that are learned.
     assert len(stays - frozen - {"last.weight"}) <= 1, stays
     told = "the loss's parts" in " ".join(entry.notes)

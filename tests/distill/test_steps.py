@@ -298,6 +298,8 @@ def test_loaders_of_all_kinds(trained, batches, message):
         (distill.Feature(layers=["blok*"]), "'blok.' matches none of the 5 layers"),
         (distill.Feature(by="simkd", layers=["head"]), "leave layers= out"),
         (distill.Relation(embedding=0), "embedding is 0"),
+        (distill.Mutual(by="kl"), "by is 'kl': use soft_targets"),
+        (distill.BornAgain(by={"*": "kl"}), "by is 'kl': use soft_targets"),
         (distill.Together(kinds=[]), "kinds is empty"),
         (distill.Together(kinds=[3]), "kinds holds 3"),
         (distill.Response(epochs=2) + distill.Feature(epochs=3), "epochs is 3 in distill.Feature, and 2 for all"),
@@ -422,6 +424,25 @@ def test_the_teachers_last_layer_takes_the_students_place(trained):
         torch.testing.assert_close(after(x), expected, atol=1e-5, rtol=1e-4)
     assert after.head.weight.shape == (3, 4)
     assert divergence(after, trained) < divergence(net(2), trained)
+
+
+def test_a_last_layer_that_is_not_to_be_trained_is_not_replaced(trained):
+    model = net(2)
+    model.head.bias.requires_grad_(False)
+    with pytest.raises(RecipeError, match="simkd puts another layer in the place of head, which is not to be trained"):
+        fw.compress(model, distill.Feature(teacher=trained, by="simkd"), task=task())
+    with pytest.raises(TaskError, match="simkd puts another layer in the place of head, which is not to be trained"):
+        fw.compress(net(2), distill.Feature(teacher=trained, by="simkd", ignore=("head",)), task=task())
+
+
+def test_a_loss_of_the_users_own_serves_all_kinds():
+    def smoothed(outputs: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, target, label_smoothing=0.1)
+
+    job = fw.Task.from_loaders(loader(), loader(96), smoothed, lr=0.02)
+    kinds = {"by": "soft_targets"}
+    for step in (distill.Response(**kinds), distill.Mutual(**kinds), distill.BornAgain(**kinds), distill.SelfDistill()):
+        assert fw.compress(net(2), step, task=job).ledger.steps[0].notes
 
 
 def test_fine_tuning_is_the_tasks_own_training(trained):
