@@ -106,10 +106,12 @@ def save(
         raise ArtifactError(f"{path} could not be written ({error}); what was there before is still there") from error
 
 
-def measured(model: nn.Module, edits: Sequence[Edit], example: Mapping[str, Any], coding: Coding = "small") -> int:
-    """The bytes of the file that `save` would write, without a record."""
+def measured(
+    model: nn.Module, edits: Sequence[Edit], ledger: Ledger | None, example: Mapping[str, Any], **options: Any
+) -> int:
+    """The bytes of the file that `save` would write."""
     with tempfile.TemporaryDirectory() as folder:
-        return save(Path(folder) / "model.fw", model, edits, None, example, coding=coding)
+        return save(Path(folder) / "model.fw", model, edits, ledger, example, **options)
 
 
 def check(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from featherweight.ledger import Check, Ledger, Timing
 from featherweight.report import write
 from featherweight.report.table import text
 from featherweight.score import Scorer
+from featherweight.search.budget import Budget
 from featherweight.search.options import Plan
 from featherweight.task import Task
 
@@ -56,7 +57,7 @@ class Compressed:
         self,
         path: str | os.PathLike[str],
         *,
-        ledger: bool = True,
+        ledger: bool | None = None,
         coding: Coding = "small",
         fold: bool = False,
     ) -> int:
@@ -64,16 +65,20 @@ class Compressed:
 
         Args:
             path: where to.
-            ledger: whether the record goes into the file too; it may be as large as a small network.
+            ledger: whether the record goes into the file too; it may be as large as a small network. By default it does
+                unless the file is then larger than the bytes that a `quantize.RateDistortion` was asked for.
             coding: ``small`` for the least bytes; ``fast``; ``huffman``, as Deep Compression has it, to compare with.
             fold: take the statistics of batch norms into their weights, which makes the file smaller. In evaluation
                 mode the answers stay the same up to rounding; a model that is to be trained on is better left as it is.
         Raises:
             ArtifactError: the file cannot be written; what was there before is still there.
         """
-        record = self.ledger if ledger else None
+        limit = _byte_limit(self.ledger) if ledger is None else None
         options: dict[str, Any] = {"coding": coding, "fold": fold}
-        size = artifact.save(path, self.model, self.edits, record, sketch(self.example), **options)
+        whole = (self.model, self.edits, None if ledger is False else self.ledger, sketch(self.example))
+        if limit is not None and artifact.measured(*whole, **options) > limit:
+            whole = (self.model, self.edits, None, sketch(self.example))
+        size = artifact.save(path, *whole, **options)
         self._add(file_bytes={**self.ledger.file_bytes, Path(path).name: size})
         return size
 
@@ -132,6 +137,14 @@ class Compressed:
 
     def _add(self, **fields: Any) -> None:
         self.ledger = replace(self.ledger, **fields)
+
+
+def _byte_limit(ledger: Ledger) -> float | None:
+    """The bytes that a step was asked to make the whole file of; None where none was."""
+    for entry in reversed(ledger.steps):
+        if entry.step == "quantize.RateDistortion" and "bytes" in (budget := entry.settings.get("budget", {})):
+            return Budget(**budget).limits({"bytes": ledger.before.total.bytes}).get("bytes")
+    return None
 
 
 def plans(ledger: Ledger) -> list[tuple[int, Plan]]:

@@ -185,7 +185,7 @@ def encode_flags(flags: NDArray[np.bool_], by_huffman: bool = False) -> bytes:
     full = best_tables(counts)
     ways.append((bytes([1]) + _table(full), full))
     sizes = [len(head) + tables.bits(counts) / 8 for head, tables in ways]
-    if flags.mean() < GAPS_BELOW:
+    if flags.sum() < GAPS_BELOW * len(flags):
         gaps = _gaps(flags)
         by_gaps = bytes([2]) + varint(len(gaps)) + encode(gaps)
         if len(by_gaps) < min(sizes):

