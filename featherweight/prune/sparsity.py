@@ -30,7 +30,7 @@ from featherweight.forms import (
     in_runs,
     out_of_blocks,
 )
-from featherweight.layers import PerLayer, for_layer
+from featherweight.layers import PerLayer, for_layer, layer_names, matches
 from featherweight.layerwise import Layerwise, _Bench
 from featherweight.mend import corrected_bias
 from featherweight.prune import spreads
@@ -105,7 +105,8 @@ class Sparsity(Layerwise):
         for value in self.n.values() if isinstance(self.n, Mapping) else [self.n]:
             if isinstance(value, int) and isinstance(self.m, int) and not 1 <= value <= self.m:
                 found.append(f"n is {value}: of every {self.m} at least 1 and at most {self.m} stay")
-        if self.needs_data and (not task.has_calibration or self.data_aware is False):
+        some = any(not matches(name, self.ignore) for name in layer_names(model, inside=True))
+        if some and self.needs_data and (not task.has_calibration or self.data_aware is False):
             found.append("it looks at what goes into every layer: give Task(calibration=...), and not data_aware=False")
         return found
 
