@@ -324,7 +324,8 @@ def test_damaged_and_empty_weights() -> None:
         model.second.weight[1, 2] = float("inf")
     with pytest.raises(RecipeError, match=r"NaN or infinite values in second\.weight"):
         pruned(prune.Magnitude(sparsity=0.5), model)
-    empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
     x: Tensor = torch.randn(16, 12)
     small = fw.compress(empty, prune.Magnitude(sparsity=0.5), task=fw.Task(x[:1], x.split(8)))
     assert small.ledger.steps[0].left["0"] == small.ledger.steps[0].left["1"] == "its weight is empty"

@@ -126,7 +126,8 @@ def test_more_centroids_than_values_and_other_layers_that_stay() -> None:
     left = small.ledger.steps[0].left
     assert left["second"] == "all of its weights are zero"
     assert left["head"].startswith("128 centroids")
-    again = fw.compress(small.model, share.KMeans(bits={"head": 3}), task=task_of(model))
+    with pytest.warns(NoEffect, match="an earlier step has settled its values"):
+        again = fw.compress(small.model, share.KMeans(bits={"head": 3}), task=task_of(model))
     assert again.ledger.steps[0].left["first"] == "an earlier step has settled its values"
 
 
@@ -136,7 +137,8 @@ def test_damaged_and_empty_weights() -> None:
         model.first.weight[0, 0] = float("nan")
     with pytest.raises(RecipeError, match=r"NaN or infinite values in first\.weight"):
         shared(share.KMeans(bits=2), model)
-    empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
     x = torch.randn(16, 12)
     small = fw.compress(empty, share.KMeans(bits=2), task=fw.Task(x[:1], x.split(8)))
     assert small.ledger.steps[0].left["0"] == small.ledger.steps[0].left["1"] == "its weight is empty"
