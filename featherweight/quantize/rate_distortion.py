@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from featherweight import artifact
 from featherweight.batch import sketch
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import SWEEP_DAMPING, Matrix, matrix, swept
+from featherweight.curvature.rounding import swept
 from featherweight.curvature.solve import root
+from featherweight.curvature.sweeps import SWEEP_DAMPING, Matrix, matrix
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer
