@@ -89,6 +89,8 @@ class Layerwise(Step):
             name: the layer's name.
             layer: the layer.
             calls: how the example calls it, for prices.
+        Raises:
+            LookupError: there are none; the message says why.
         """
 
     @abstractmethod
@@ -309,7 +311,11 @@ class _Bench:
         for name, layer in self.layers.items():
             # A layer inside a replaced one has no row: what is of the values alone can be priced without its calls.
             calls, whole = rows[name].calls if name in rows else (), self._whole(name)
-            found = self.step.priced(name, layer, calls)
+            try:
+                found = self.step.priced(name, layer, calls)
+            except LookupError as error:
+                self.left[name] = str(error.args[0])
+                continue
             cheaper = [o for o in found if any(o.cost.metric(m) < whole.metric(m) for m in metrics)]
             if cheaper:
                 options[name] = (Option(name, None, whole, 0.0), *cheaper)

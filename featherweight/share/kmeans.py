@@ -114,7 +114,10 @@ class KMeans(Layerwise):
     def priced(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> list[Option]:
         whole = price(layer, calls)
         forms = [self.form(name, layer, bits) for bits in WIDTHS]
-        able = [form for form in forms if self._reason(layer, form) is None]
+        reasons = [self._reason(layer, form) for form in forms]
+        able = [form for form, reason in zip(forms, reasons, strict=True) if reason is None]
+        if not able:
+            raise LookupError(reasons[0])
         return [Option(name, form, confined(whole, layer, form), 0.0) for form in able]
 
     def _reason(self, layer: Layer, form: Codebook) -> str | None:
@@ -225,7 +228,8 @@ def _by_means(shared: Shared) -> RemovableHandle:
     places = places[(shared.indices.flatten() > 0) | (not shared.form.zero)]
     counts = torch.bincount(places, minlength=shared.centroids.shape[:2].numel()).clamp_min(1)
     counts = counts.reshape(*shared.centroids.shape[:2], 1)
-    return shared.centroids.register_hook(lambda gradient: gradient / counts.to(gradient))
+    divided = lambda gradient: gradient / counts.to(gradient)  # noqa: E731 - the hook is no more than this
+    return cast(RemovableHandle, shared.centroids.register_hook(divided))  # type: ignore[no-untyped-call]
 
 
 def _vectors(weight: Tensor, form: Codebook) -> Tensor:
