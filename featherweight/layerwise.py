@@ -230,14 +230,14 @@ class Layerwise(Step):
         bench.record(choosing)
         return repriced(before, bench.row_costs(choosing.plan))
 
-    def _bench(self, study: Study) -> _Bench:
+    def _bench(self, study: Study) -> Bench:
         """The one bench of this step and study."""
-        bench: _Bench | None = study.worked_out.get("bench")
+        bench: Bench | None = study.worked_out.get("bench")
         if bench is None or bench.step is not self:
-            bench = study.worked_out["bench"] = _Bench(self, study)
+            bench = study.worked_out["bench"] = Bench(self, study)
         return bench
 
-    def choose(self, bench: _Bench) -> Choosing:
+    def choose(self, bench: Bench) -> Choosing:
         """The plan: the given one, the one the settings spell out, or the selector's."""
         table = bench.table
         if self.plan is not None:
@@ -254,7 +254,7 @@ class Layerwise(Step):
             return Choosing(Plan(self.name, picked), "manual", self.metric)
         return self.selector.choose(table, self.budget, bench, self.name)
 
-    def _ordered(self, plan: Plan, bench: _Bench, table: Table) -> Plan:
+    def _ordered(self, plan: Plan, bench: Bench, table: Table) -> Plan:
         """The plan's layers in calling order, each of them found in the table."""
         for name, form in plan.layers.items():
             if name in bench.left:
@@ -264,7 +264,7 @@ class Layerwise(Step):
 
 
 @dataclass
-class _Bench:
+class Bench:
     """One step at work on one model: its table, its trials, and the carrying out of a plan."""
 
     step: Layerwise

@@ -129,7 +129,7 @@ class KMeans(Layerwise):
             return (
                 f"single zeros would not stay zero in vectors of {form.vector}: prune in blocks of (1, {form.vector})"
             )
-        least = min(int((~zeros[table].all(1)).sum()) for table in _tables(zeros.shape, layer, form))
+        least = min(int((~zeros[table].all(2)).sum()) for table in _tables(zeros.shape, layer, form))
         if form.size > least:
             return f"{form.size} centroids are more than the {least} values that share a table"
         return None

@@ -374,7 +374,7 @@ def test_settings_survive_yaml_and_json(step, settings, network):
 @every_case
 def test_a_fresh_model_loads_the_file_and_gives_the_same_answers(step, settings, network, tmp_path):
     case = ran(step, settings, network)
-    size = case.compressed.save(tmp_path / "small.fw")
+    size = case.compressed.save(tmp_path / "small.fw", ledger=True)
     assert size == (tmp_path / "small.fw").stat().st_size
     loaded = fw.load(tmp_path / "small.fw", into=make(NETWORKS[network], seed=1))
     assert torch.equal(answers(loaded.model, network), answers(case.compressed.model, network))

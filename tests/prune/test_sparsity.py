@@ -245,6 +245,7 @@ def test_scores_are_the_gradients_of_the_paper() -> None:
     def trained(given: nn.Module, epochs: float, loss: object = None) -> None:
         scores = [p for name, p in given.named_parameters() if name.endswith("scores")]
         updates = torch.optim.SGD(scores, lr=0.1)
+        updates.zero_grad()
         (given(x) - y).square().mean().backward()
         now = given[0].weight.detach()
         slope = torch.autograd.grad(((x @ (leaf := now.clone().requires_grad_()).T) - y).square().mean(), leaf)[0]

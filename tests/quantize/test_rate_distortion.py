@@ -9,7 +9,7 @@ import torch
 from networks import Mixed, Residual, make, task_of
 
 import featherweight as fw
-from featherweight.curvature.rounding import matrix
+from featherweight.curvature.sweeps import matrix
 from featherweight.edits import Constrain
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Grid, Mask, constraints_on
