@@ -42,8 +42,11 @@ TEMPERATURE = 2.0
 
 
 # Rows that a least-squares fit looks at, as a multiple of the input's width: with n times as many samples as unknowns
-# the fit's error is 1 + 1/n times the least. Neighbouring positions say much the same, so that n is far less than this.
-ROWS_A_COLUMN = 128
+# the fit's error is 1 + 1/n times the least.
+ROWS_A_COLUMN = 32
+# Where inputs are gone and the fit has to make up for them, more: neighbouring positions say much the same, so that
+# n is far less than this.
+ROWS_A_KEPT_COLUMN = 128
 # Numbers that the inputs of one layer may take up where they are held and not summed up: a quarter of a gigabyte.
 ROWS_NUMBERS = 1 << 26
 
@@ -173,7 +176,13 @@ def gather(
 
 
 def gather_paired(
-    layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], *, samples: int, effort: float = 8.0, seed: int = 0
+    layer: Layer,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    *,
+    samples: int,
+    effort: float = 8.0,
+    rows_a_column: int = ROWS_A_COLUMN,
+    seed: int = 0,
 ) -> Statistics | None:
     """The statistics of one layer's inputs in a network whose earlier layers were changed, with the original's answers.
 
@@ -183,7 +192,8 @@ def gather_paired(
             `Lockstep.at` gives them.
         samples: how many samples all pairs together are of.
         effort: as in `gather`; more than there, since only one layer is watched, of all that are run for it. Of what
-            that allows, no more is taken than a fit can use: ROWS_A_COLUMN times the width of an input.
+            that allows, no more is taken than a fit can use.
+        rows_a_column: how much that is, as a multiple of the width of an input.
         seed: of the choice of positions.
     Returns:
         None where there are no pairs.
@@ -193,7 +203,7 @@ def gather_paired(
     generator = torch.Generator().manual_seed(seed)
     for x, answer in pairs:
         views = patches(layer, x)
-        chosen = _pick(layer, views, effort, generator, most=ROWS_A_COLUMN * len(x) / samples)
+        chosen = _pick(layer, views, effort, generator, most=rows_a_column * len(x) / samples)
         rows = _take(layer, views, chosen)
         places += int(_places(layer, views).numel())
         answers = _channels_last(layer, answer)
@@ -238,7 +248,7 @@ def paired_rows(
     for x, others in pairs:
         views = patches(layer, x)
         width = int(views.shape[1 + len(_places(layer, views)) :].numel())
-        most = min(ROWS_A_COLUMN, numbers / width**2) * len(x) / samples
+        most = min(ROWS_A_KEPT_COLUMN, numbers / width**2) * len(x) / samples
         chosen = _pick(layer, views, math.inf, generator, most=most)
         rows.append(_take(layer, views, chosen)[0])
         flat = [_channels_last(layer, other) for other in others]

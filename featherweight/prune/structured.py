@@ -26,7 +26,14 @@ from featherweight.batch import mode
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
 from featherweight.curvature import rectified
-from featherweight.curvature.gram import ROWS_NUMBERS, Statistics, gather_paired, my_share, paired_rows
+from featherweight.curvature.gram import (
+    ROWS_A_KEPT_COLUMN,
+    ROWS_NUMBERS,
+    Statistics,
+    gather_paired,
+    my_share,
+    paired_rows,
+)
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.curvature.selection import Consumer, greedy_elimination, lasso, reconstruct
 from featherweight.curvature.solve import damp, least_squares
@@ -737,7 +744,9 @@ class _Work:
             pairs = list(pairs)  # the runs that stand still hold them anyway
             if self._refit_through(name, model, pairs, lockstep.samples, outputs, beside):
                 return
-        seen = gather_paired(layer, pairs, samples=lockstep.samples, seed=self.study.seed)
+        seen = gather_paired(
+            layer, pairs, samples=lockstep.samples, rows_a_column=ROWS_A_KEPT_COLUMN, seed=self.study.seed
+        )
         if seen is None:
             return
         fitted = seen if layer.bias is None else seen.centred()
