@@ -89,6 +89,8 @@ class Layerwise(Step):
             name: the layer's name.
             layer: the layer.
             calls: how the example calls it, for prices.
+        Raises:
+            LookupError: there are none; the message says why.
         """
 
     @abstractmethod
@@ -228,14 +230,14 @@ class Layerwise(Step):
         bench.record(choosing)
         return repriced(before, bench.row_costs(choosing.plan))
 
-    def _bench(self, study: Study) -> _Bench:
+    def _bench(self, study: Study) -> Bench:
         """The one bench of this step and study."""
-        bench: _Bench | None = study.worked_out.get("bench")
+        bench: Bench | None = study.worked_out.get("bench")
         if bench is None or bench.step is not self:
-            bench = study.worked_out["bench"] = _Bench(self, study)
+            bench = study.worked_out["bench"] = Bench(self, study)
         return bench
 
-    def choose(self, bench: _Bench) -> Choosing:
+    def choose(self, bench: Bench) -> Choosing:
         """The plan: the given one, the one the settings spell out, or the selector's."""
         table = bench.table
         if self.plan is not None:
@@ -252,7 +254,7 @@ class Layerwise(Step):
             return Choosing(Plan(self.name, picked), "manual", self.metric)
         return self.selector.choose(table, self.budget, bench, self.name)
 
-    def _ordered(self, plan: Plan, bench: _Bench, table: Table) -> Plan:
+    def _ordered(self, plan: Plan, bench: Bench, table: Table) -> Plan:
         """The plan's layers in calling order, each of them found in the table."""
         for name, form in plan.layers.items():
             if name in bench.left:
@@ -262,7 +264,7 @@ class Layerwise(Step):
 
 
 @dataclass
-class _Bench:
+class Bench:
     """One step at work on one model: its table, its trials, and the carrying out of a plan."""
 
     step: Layerwise
@@ -309,7 +311,11 @@ class _Bench:
         for name, layer in self.layers.items():
             # A layer inside a replaced one has no row: what is of the values alone can be priced without its calls.
             calls, whole = rows[name].calls if name in rows else (), self._whole(name)
-            found = self.step.priced(name, layer, calls)
+            try:
+                found = self.step.priced(name, layer, calls)
+            except LookupError as error:
+                self.left[name] = str(error.args[0])
+                continue
             cheaper = [o for o in found if any(o.cost.metric(m) < whole.metric(m) for m in metrics)]
             if cheaper:
                 options[name] = (Option(name, None, whole, 0.0), *cheaper)

@@ -15,7 +15,7 @@ from featherweight.edits import Replace
 from featherweight.errors import TaskError
 from featherweight.factorize import SVD, SpatialSVD
 from featherweight.forms import ConvPair, FormModule, LinearPair, LowRank
-from featherweight.layerwise import _Bench
+from featherweight.layerwise import Bench
 from featherweight.score import Divergence, Scorer
 from featherweight.study import Study
 
@@ -109,7 +109,7 @@ def test_a_trial_scores_what_the_result_will_score(step: Any) -> None:
     small = fw.compress(model, step, task=given)
     plan = fw.Plan(step.name, forms(small.model))
     on_the_bench = study(copy.deepcopy(model), given)
-    assert _Bench(step, on_the_bench).score(plan) == pytest.approx(small.ledger.after.score, abs=1e-6)
+    assert Bench(step, on_the_bench).score(plan) == pytest.approx(small.ledger.after.score, abs=1e-6)
     assert equal(on_the_bench.model, model)
     assert equal(on_the_bench.original, model)
 
@@ -132,7 +132,7 @@ def test_a_layers_score_alone_is_that_of_the_network_with_only_it_replaced(aware
         return -float(nn.functional.cross_entropy(m(x), y).detach())
 
     step = SVD(budget=fw.Budget(macs=0.6), data_aware=aware)
-    bench = _Bench(step, study(copy.deepcopy(model), task(evaluate=evaluate)))
+    bench = Bench(step, study(copy.deepcopy(model), task(evaluate=evaluate)))
     for name in ("0", "6", "11"):
         option = bench.table.options[name][1]
         by_hand = copy.deepcopy(model)
@@ -256,7 +256,7 @@ def test_the_predicted_losses_of_a_plan_add_up_to_what_was_minimised() -> None:
     """No other plan of the table within the budget is predicted to lose less: tried one exchange at a time."""
     model, given = conv_net(), task()
     step = SVD(budget=fw.Budget(macs=0.55))
-    bench = _Bench(step, study(copy.deepcopy(model), given))
+    bench = Bench(step, study(copy.deepcopy(model), given))
     plan = step.choose(bench).plan
     table, limit = bench.table, 0.55 * bench.table.start.macs
     assert table.cost(plan).macs <= limit

@@ -10,88 +10,15 @@ al., Up or down? Adaptive rounding for post-training quantization, 2020, arxiv.o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from featherweight.curvature.gram import Statistics
-from featherweight.curvature.solve import least_squares, root
+from featherweight.curvature.solve import root
+from featherweight.curvature.sweeps import BLOCK, SWEEP_DAMPING
 
 # Values of some columns, (groups, outputs, columns), and which columns → the nearest values that they may have.
 Nearest = Callable[[Tensor, Tensor], Tensor]
-
-# Of the mean diagonal (Frantar et al., section 3.3): what it costs in fit, it gains on data not seen.
-SWEEP_DAMPING = 1e-2
-# Of the mean diagonal, towards the weight as it is, where it is fitted to changed inputs.
-RIDGE = 1e-2
-# Columns whose errors are passed on to those behind them at once.
-BLOCK = 128
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A layer's weight as matrices, with its moments.
-
-    Attributes:
-        weight: W, (groups, outputs, d), float64.
-        gram: G, (groups, d, d), float64; None without data.
-        gradients: the diagonal blocks of A = E[g gᵀ], (groups, outputs, outputs); None to weigh all outputs alike.
-        positions: output positions a sample.
-        held: where the weight stays zero whatever happens, (groups, outputs, d), bool; None for nowhere.
-    """
-
-    weight: Tensor
-    gram: Tensor | None = None
-    gradients: Tensor | None = None
-    positions: float = 1.0
-    held: Tensor | None = None
-
-
-def matrix(weight: Tensor, groups: int, seen: Statistics | None, held: Tensor | None = None) -> Matrix:
-    """A layer's weight and statistics; the weight is moved to where it best answers changed inputs.
-
-    Args:
-        weight: (outputs, inputs / groups, *kernel).
-        groups: of the convolution; 1 for a Linear.
-        seen: of the layer's inputs, or None. Where they hold a cross moment, the weight is first fitted to what the
-            original answered (asymmetric reconstruction: Zhang et al., 2016, section 3.3, arxiv.org/abs/1505.06798).
-        held: where the weight must stay zero, of its shape.
-    """
-    flat = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
-    held = None if held is None else held.reshape(flat.shape)
-    if seen is None:
-        return Matrix(flat, held=held)
-    gram = seen.gram.to(flat)
-    if seen.cross is not None:
-        flat = least_squares(gram, seen.cross.to(flat), RIDGE, prior=flat).to(flat)
-        if held is not None:
-            flat = flat.masked_fill(held, 0)
-    size = weight.shape[0] // groups
-    gradients = None
-    if seen.gradients is not None:
-        blocks = seen.gradients.reshape(groups, size, groups, size)
-        gradients = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).to(flat)
-    return Matrix(flat, gram, gradients, seen.positions, held)
-
-
-def raised(of: Matrix, replaced: Tensor) -> float:
-    """The predicted rise of the loss when the weight becomes another.
-
-    ½ tr(A ΔW G ΔWᵀ) · positions; without gradients the output's error as a share of the output; without data the
-    weight's as a share of the weight.
-
-    Args:
-        of: the layer.
-        replaced: Ŵ, (groups, outputs, d).
-    """
-    moved = of.weight - replaced.to(of.weight)
-    seen = moved if of.gram is None else moved @ of.gram
-    if of.gradients is not None:
-        seen = of.gradients @ seen
-        return max(0.0, 0.5 * of.positions * float((moved * seen).sum()))
-    whole = of.weight if of.gram is None else of.weight @ of.gram
-    return max(0.0, float((moved * seen).sum())) / max(float((of.weight * whole).sum()), 1e-300)
 
 
 def errors(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:

@@ -47,15 +47,19 @@ class Matrix:
         gram: G, (groups, d, d); None without data.
         gradients: A's diagonal blocks, (groups, outputs / groups, outputs / groups); None to weigh all outputs alike.
         positions: output positions a sample.
+        held: where the weight stays zero whatever happens, (groups, outputs / groups, d), bool; None for nowhere.
     """
 
     weight: Tensor
     gram: Tensor | None = None
     gradients: Tensor | None = None
     positions: float = 1.0
+    held: Tensor | None = None
 
 
-def matrix(weight: Tensor, groups: int, seen: Statistics | None) -> Matrix:
+def matrix(
+    weight: Tensor, groups: int, seen: Statistics | None, held: Tensor | None = None, ridge: float = RIDGE
+) -> Matrix:
     """A layer's weight and statistics, with the weight moved to where it best answers changed inputs.
 
     Args:
@@ -63,14 +67,18 @@ def matrix(weight: Tensor, groups: int, seen: Statistics | None) -> Matrix:
         groups: of the convolution; 1 for a Linear.
         seen: of the layer's inputs. Where they hold a cross moment, the weight is first fitted to what the original
             answered (asymmetric reconstruction: Zhang et al., 2016, section 3.3, arxiv.org/abs/1505.06798).
+        held: where the weight must stay zero, of its shape.
+        ridge: of that fit, towards the weight as it is.
     """
     flat = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
+    held = None if held is None else held.reshape(flat.shape)
     if seen is None:
-        return Matrix(flat)
+        return Matrix(flat, held=held)
     gram = seen.gram.to(flat)
     if seen.cross is not None:
-        flat = least_squares(gram, seen.cross.to(flat), RIDGE, prior=flat)
-    return Matrix(flat, gram, _by_group(seen.gradients, groups, flat), seen.positions)
+        flat = least_squares(gram, seen.cross.to(flat), ridge, prior=flat)
+        flat = flat if held is None else flat.masked_fill(held, 0)
+    return Matrix(flat, gram, _by_group(seen.gradients, groups, flat), seen.positions, held)
 
 
 def of_layer(layer: Layer, seen: Statistics | None) -> Matrix:

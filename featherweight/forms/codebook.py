@@ -41,9 +41,11 @@ class Codebook(Constraint):
         return Shared(tensor, self)
 
     def put_on(self, layer: nn.Module) -> Constrained:
-        """As any constraint; what lies beneath no longer has a say, and is no longer trained."""
+        """As any constraint; what lies beneath no longer has a say, and tables are trained where it was."""
         made = super().put_on(layer)
-        beneath(layer, self.tensor).requires_grad_(False)
+        original = beneath(layer, self.tensor)
+        made.get_parameter("centroids").requires_grad_(original.requires_grad)
+        original.requires_grad_(False)
         return made
 
     def tables(self, shape: torch.Size) -> int:

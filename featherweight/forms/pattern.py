@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,9 @@ class BlockMask(Constraint):
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))  # JSON knows lists only
 
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "block": list(self.block)}
+
     def kept_of(self, shape: torch.Size) -> int:
         """How many values of a tensor of this shape are kept."""
         return self.kept * math.prod(self.block)
@@ -127,6 +131,9 @@ class Pattern(Constraint):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "block": list(self.block)}
 
     def kept_of(self, shape: torch.Size) -> int:
         """How many values of a tensor of this shape are kept."""

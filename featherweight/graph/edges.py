@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from featherweight.errors import did_you_mean
 from featherweight.graph.module import ModelGraph, register
 from featherweight.graph.rules.call import operation_of, read_by
-from featherweight.graph.trace import GraphError, module_of
+from featherweight.graph.trace import GraphError, attribute, module_of
 
 ROOM = "quantizers"  # where the graph keeps the modules on its edges
 # Operations with a weight, and which argument it is.
@@ -82,11 +82,21 @@ def put_on_edges(
     graph.recompile()
 
 
+def _holds(node: fx.Node, module: str, weight: str) -> bool:
+    """Whether a module's own weight is this tensor: of a tied one the graph reads one name only, maybe another's."""
+    whole = node.graph.owning_module
+    if whole is None or not module:
+        return False
+    try:
+        return attribute(whole, f"{module}.weight") is attribute(whole, weight)
+    except AttributeError:
+        return False
+
+
 def _base_name(node: fx.Node) -> str:
     if node.op == "placeholder":
         return str(node.target)
-    weight = weight_of(node)
+    weight, module, operation = weight_of(node), module_of(node), operation_of(node)
     if weight is not None:
-        return weight.removesuffix(".weight")
-    module, operation = module_of(node), operation_of(node)
+        return module if _holds(node, module, weight) else weight.removesuffix(".weight")
     return module if module.rpartition(".")[2] == operation else f"{module}.{operation}".removeprefix(".")

@@ -26,7 +26,7 @@ from featherweight.edits import Edit, Leave, remade
 from featherweight.forms import BlockMask, Constraint, Layer, Mask, beneath
 from featherweight.forms.pattern import WHOLE
 from featherweight.layers import PerLayer, for_layer
-from featherweight.layerwise import _Bench
+from featherweight.layerwise import Bench
 from featherweight.mend import finetune
 from featherweight.prune import schedules
 from featherweight.prune.sparsity import Unstructured
@@ -123,7 +123,7 @@ class Magnitude(Unstructured):
             return (layer.weight.detach().double() * gradient).square()
         return magnitude(layer, self.score)
 
-    def counts(self, bench: _Bench) -> dict[str, int]:
+    def counts(self, bench: Bench) -> dict[str, int]:
         if self.threshold is None:
             return super().counts(bench)
         found = {}
@@ -132,7 +132,7 @@ class Magnitude(Unstructured):
             found[name] = int((layer.weight.detach().abs() >= limit).sum())
         return found
 
-    def _bench(self, study: Study) -> _Bench:
+    def _bench(self, study: Study) -> Bench:
         bench = super()._bench(study)
         if self.score == "taylor" and "weight gradients" not in study.worked_out:
             study.worked_out["weight gradients"] = True
@@ -158,7 +158,7 @@ class Magnitude(Unstructured):
         if reached:
             study.model.load_state_dict(model.state_dict())  # what was trained beside the masked weights
 
-    def _in_rounds(self, study: Study, bench: _Bench, plan: Plan) -> tuple[nn.Module, dict[str, Constraint]]:
+    def _in_rounds(self, study: Study, bench: Bench, plan: Plan) -> tuple[nn.Module, dict[str, Constraint]]:
         """The model after the last round that was good enough, and what its layers are then."""
         model, reached = copy.deepcopy(study.model), dict[str, Constraint]()
         best = model, reached

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import RecipeError
 from featherweight.forms import Layer, Mask, Masked, beneath, constraints_on, is_layer
-from featherweight.layers import layer_names, obstacles, unmatched
+from featherweight.layers import layer_names, matches, obstacles, unmatched
 from featherweight.mend import finetune
 from featherweight.prune import schedules, spreads
 from featherweight.prune.sparsity import keep
@@ -65,9 +65,10 @@ class Movement(Step):
             found.append(f"rounds is {self.rounds}: it must be at least 2, for nothing goes in the first")
         if not self.epochs > 0:
             found.append(f"epochs is {self.epochs}: scores are learned by training, so it must be above 0")
-        if task.train is None:
+        names = layer_names(model, inside=True)
+        if task.train is None and any(not matches(name, self.ignore) for name in names):
             found.append("movement pruning trains: give Task(train=...)")
-        return found + unmatched(self.ignore, layer_names(model, inside=True))
+        return found + unmatched(self.ignore, names)
 
     def edits(self, study: Study) -> Iterator[Edit]:
         layers = self._layers(study)

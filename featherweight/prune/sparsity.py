@@ -30,8 +30,8 @@ from featherweight.forms import (
     in_runs,
     out_of_blocks,
 )
-from featherweight.layers import PerLayer, for_layer
-from featherweight.layerwise import Layerwise, _Bench
+from featherweight.layers import PerLayer, for_layer, layer_names, matches
+from featherweight.layerwise import Bench, Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.prune import spreads
 from featherweight.search.budget import Budget
@@ -79,7 +79,7 @@ class Sparsity(Layerwise):
     def offered(self, layer: Layer) -> list[Constraint]:
         """What a layer can become under a budget."""
 
-    def asked(self, bench: _Bench) -> dict[str, Form]:
+    def asked(self, bench: Bench) -> dict[str, Form]:
         """What the settings spell out, by layer.
 
         Raises:
@@ -105,7 +105,8 @@ class Sparsity(Layerwise):
         for value in self.n.values() if isinstance(self.n, Mapping) else [self.n]:
             if isinstance(value, int) and isinstance(self.m, int) and not 1 <= value <= self.m:
                 found.append(f"n is {value}: of every {self.m} at least 1 and at most {self.m} stay")
-        if self.needs_data and (not task.has_calibration or self.data_aware is False):
+        some = any(not matches(name, self.ignore) for name in layer_names(model, inside=True))
+        if some and self.needs_data and (not task.has_calibration or self.data_aware is False):
             found.append("it looks at what goes into every layer: give Task(calibration=...), and not data_aware=False")
         return found
 
@@ -140,7 +141,7 @@ class Sparsity(Layerwise):
         """Nothing: what the settings spell out is looked at for all layers at once, by `asked`."""
         return None
 
-    def choose(self, bench: _Bench) -> Choosing:
+    def choose(self, bench: Bench) -> Choosing:
         if self.plan is not None or self.budget is not None:
             return super().choose(bench)
         forms = self.asked(bench)
@@ -209,7 +210,7 @@ class Unstructured(Sparsity):
             kept *= fewer
         return found
 
-    def choose(self, bench: _Bench) -> Choosing:
+    def choose(self, bench: Bench) -> Choosing:
         if self.spread == "optimal" and self.plan is None:
             weights = sum(layer.weight.numel() for layer in bench.layers.values())
             stored = sum(int(layer.weight.detach().count_nonzero()) for layer in bench.layers.values())
@@ -219,7 +220,7 @@ class Unstructured(Sparsity):
             return Choosing(plan, "optimal", self.metric, notes=notes)
         return super().choose(bench)
 
-    def asked(self, bench: _Bench) -> dict[str, Form]:
+    def asked(self, bench: Bench) -> dict[str, Form]:
         if self.n is not None:
             return super().asked(bench)
         forms: dict[str, Form] = {}
@@ -236,7 +237,7 @@ class Unstructured(Sparsity):
                 bench.left[name] = "as many of its weights are zero already"
         return forms
 
-    def counts(self, bench: _Bench) -> dict[str, int]:
+    def counts(self, bench: Bench) -> dict[str, int]:
         """How many weights stay in each layer that can be pruned."""
         names, layers = list(bench.layers), list(bench.layers.values())
         if not names:
@@ -253,7 +254,7 @@ class Unstructured(Sparsity):
             kept = spreads.erk([layer.weight.shape for layer in layers], self.sparsity)
         return dict(zip(names, kept, strict=True))
 
-    def seen_scores(self, bench: _Bench, name: str) -> Tensor:
+    def seen_scores(self, bench: Bench, name: str) -> Tensor:
         """A layer's scores in the original."""
         return self.scores(bench.layers[name], bench.statistics.get(name) if bench.aware else None)
 

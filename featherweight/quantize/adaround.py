@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import Matrix, adarounded
+from featherweight.curvature.rounding import adarounded
+from featherweight.curvature.sweeps import Matrix
 from featherweight.forms import Layer
 from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.rounding import Lattice, Rounding, TwoValues

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from featherweight.curvature.rounding import Matrix
+from featherweight.curvature.sweeps import Matrix
 from featherweight.edits import Edit, Leave, Replace
 from featherweight.forms import SignedInput
 from featherweight.layers import PerLayer

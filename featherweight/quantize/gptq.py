@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import SWEEP_DAMPING, Matrix, descended, swept
+from featherweight.curvature.rounding import descended, swept
+from featherweight.curvature.sweeps import SWEEP_DAMPING, Matrix
 from featherweight.forms import Layer
 from featherweight.quantize.rounding import Lattice, Rounding
 from featherweight.search.options import Option

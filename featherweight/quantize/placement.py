@@ -145,9 +145,10 @@ class _Placing:
             return "its weight is computed"
         path, _, leaf = weight.rpartition(".")
         held = getattr(self.graph.get_submodule(path), leaf)
-        same = [name for name, p in self.graph.named_parameters(remove_duplicate=False) if p is held and name != weight]
-        if same:
-            return f"its weight is shared with {same[0]}"
+        names = [name for name, p in self.graph.named_parameters(remove_duplicate=False) if p is held]
+        others = [name for name in names if name != f"{self.names[node]}.weight"]
+        if len(names) > 1:
+            return f"its weight is shared with {others[0]}"
         reads = [n for n in self.graph.graph.nodes if n.op == "get_attr" and n.target == weight]
         if any(weight_of(user) != weight for read in reads for user in read.users):
             return "its weight is used in other places too"

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from featherweight import artifact
 from featherweight.batch import sketch
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import SWEEP_DAMPING, Matrix, matrix, swept
+from featherweight.curvature.rounding import swept
 from featherweight.curvature.solve import root
+from featherweight.curvature.sweeps import SWEEP_DAMPING, Matrix, matrix
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer
@@ -124,12 +125,12 @@ class RateDistortion(Step):
 
     def edits(self, study: Study) -> Iterator[Edit]:
         """Look once at what the data does; find the coarseness; quantize."""
-        if self.fold and (folded := fold_batch_norms(study.model)):
-            study.notes.append(f"the statistics of {len(folded)} batch norms were taken into their weights")
         bench = _Bench(self, study)
         yield from (Leave(name, reason) for name, reason in bench.left.items())
         if not bench.layers:
             return
+        if self.fold and (folded := fold_batch_norms(study.model)):
+            study.notes.append(f"the statistics of {len(folded)} batch norms were taken into their weights")
         coarseness = self.coarseness if self.coarseness is not None else self._found(bench)
         made = bench.quantized(coarseness)
         study.notes.append(f"coarseness {coarseness:.4g}: {bench.described(made)}")

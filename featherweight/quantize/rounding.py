@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import Matrix, errors, matrix, raised, rescaled
+from featherweight.curvature.rounding import errors, rescaled
+from featherweight.curvature.sweeps import Matrix, loss, matrix
 from featherweight.errors import did_you_mean
 from featherweight.forms import Binary, Constraint, Float, Form, Grid, Layer, Ternary, constraints_on
 from featherweight.forms.floats import TYPES
@@ -25,6 +26,9 @@ from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
 from featherweight.step import Stage
 from featherweight.task import Task
+
+# Of the mean diagonal, towards the weight as it is, where it is fitted to changed inputs.
+RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class Rounding(Layerwise):
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
         of = self.known(layer, seen)
         blind = replace(of, gram=None, gradients=None) if self.data_aware is False else of
-        return [raised(of, self.fit(blind, option.form, layer.weight.shape)[0]) for option in options]
+        return [loss(of, self.fit(blind, option.form, layer.weight.shape)[0]) for option in options]
 
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:
         """The layer's state with rounded values, and the bias that goes with them."""
@@ -204,7 +208,7 @@ class Rounding(Layerwise):
         fitted = seen if seen is None or layer.bias is None or not self.corrects_bias else seen.centred()
         masks = _masks(layer)
         held = ~torch.stack(masks).all(0) if masks else None
-        return matrix(layer.weight, groups, fitted, held)
+        return matrix(layer.weight, groups, fitted, held, RIDGE)
 
     def fit(self, of: Matrix, form: Form | None, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rounded values, (groups, outputs, d) in float64, with the scales and zero points of their form.

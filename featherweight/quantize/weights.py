@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import Matrix
+from featherweight.curvature.sweeps import Matrix
 from featherweight.edits import Constrain, Edit
 from featherweight.forms import Layer
 from featherweight.ledger import Snapshot

@@ -12,18 +12,21 @@ coding makes files smaller still.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from featherweight.cost.confined import confined
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature import sweeps
 from featherweight.curvature.gram import Statistics
+from featherweight.edits import Constrain, Edit
 from featherweight.forms import Codebook, Form, Layer, Masked, Shared, beneath, constraints_on
 from featherweight.layers import PerLayer, for_layer
 from featherweight.layerwise import Layerwise
@@ -31,6 +34,7 @@ from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
 from featherweight.share.clusters import Init, kmeans, nearest
 from featherweight.step import Stage
+from featherweight.study import Study
 from featherweight.task import Task
 
 WIDTHS = range(1, 9)
@@ -49,6 +53,9 @@ class KMeans(Layerwise):
         channels: outputs that share a table; 0 for a table a layer; per layer where it is a mapping.
         product: a table for every place of a vector among an output's weights (product quantization).
         feedback: let weights make up for each other's errors, column by column; needs calibration data.
+        gradients: what moves a centroid while this step trains. ``"mean"``, of its weights' gradients, goes with the
+            learning rate that the network was trained at; ``"sum"``, the exact gradient, as in the paper, needs one
+            that is lower by about as many times as weights share a centroid.
         rounds: of k-means, at most.
     """
 
@@ -58,6 +65,7 @@ class KMeans(Layerwise):
     channels: PerLayer[int] = 0
     product: bool = False
     feedback: bool = True
+    gradients: Literal["mean", "sum"] = "mean"
     rounds: int = 200
 
     stage: ClassVar[Stage] = Stage.VALUES
@@ -106,7 +114,10 @@ class KMeans(Layerwise):
     def priced(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> list[Option]:
         whole = price(layer, calls)
         forms = [self.form(name, layer, bits) for bits in WIDTHS]
-        able = [form for form in forms if self._reason(layer, form) is None]
+        reasons = [self._reason(layer, form) for form in forms]
+        able = [form for form, reason in zip(forms, reasons, strict=True) if reason is None]
+        if not able:
+            raise LookupError(reasons[0])
         return [Option(name, form, confined(whole, layer, form), 0.0) for form in able]
 
     def _reason(self, layer: Layer, form: Codebook) -> str | None:
@@ -118,7 +129,7 @@ class KMeans(Layerwise):
             return (
                 f"single zeros would not stay zero in vectors of {form.vector}: prune in blocks of (1, {form.vector})"
             )
-        least = min(int((~zeros[table].all(1)).sum()) for table in _tables(zeros.shape, layer, form))
+        least = min(int((~zeros[table].all(2)).sum()) for table in _tables(zeros.shape, layer, form))
         if form.size > least:
             return f"{form.size} centroids are more than the {least} values that share a table"
         return None
@@ -144,6 +155,16 @@ class KMeans(Layerwise):
             built = _filled(layer, form, centroids, indices)
             found.append(sweeps.loss(of, built.weight.detach().double().reshape(of.weight.shape)))
         return found
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """As of any step by layer; tables that are there already learn by means while the step trains."""
+        with ExitStack() as stack:
+            for edit in super().edits(study):
+                yield edit
+                if isinstance(edit, Constrain) and self.gradients == "mean":
+                    shared = cast(Shared, constraints_on(study.model.get_submodule(edit.layer))[-1])
+                    if shared.centroids.requires_grad:
+                        stack.callback(_by_means(shared).remove)
 
     # Fitting --------------------------------------------------------------------------------------------------------
 
@@ -199,6 +220,16 @@ class KMeans(Layerwise):
             if layer.bias is not None and built.bias is not None and seen is not None:
                 built.bias.copy_(corrected_bias(layer.weight, layer.bias, built.weight, seen))
         return built.state_dict()
+
+
+def _by_means(shared: Shared) -> RemovableHandle:
+    """Divide each centroid's gradient by the number of weights that share it, until the handle is removed."""
+    places = (shared.table * shared.form.size + shared.indices.long() - int(shared.form.zero)).flatten()
+    places = places[(shared.indices.flatten() > 0) | (not shared.form.zero)]
+    counts = torch.bincount(places, minlength=shared.centroids.shape[:2].numel()).clamp_min(1)
+    counts = counts.reshape(*shared.centroids.shape[:2], 1)
+    divided = lambda gradient: gradient / counts.to(gradient)  # noqa: E731 - the hook is no more than this
+    return cast(RemovableHandle, shared.centroids.register_hook(divided))  # type: ignore[no-untyped-call]
 
 
 def _vectors(weight: Tensor, form: Codebook) -> Tensor:

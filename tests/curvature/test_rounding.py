@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featherweight.curvature.gram import Statistics
-from featherweight.curvature.rounding import Nearest, adarounded, descended, errors, matrix, raised, rescaled, swept
+from featherweight.curvature.rounding import Nearest, adarounded, descended, errors, rescaled, swept
 from featherweight.curvature.solve import damp
+from featherweight.curvature.sweeps import loss, matrix
 
 
 def problem(groups: int, outputs: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -135,8 +136,8 @@ def test_the_predicted_rise_is_the_formula():
     for k, outputs in enumerate((slice(0, 2), slice(2, 4))):
         weighed = gradients[outputs, outputs].double() @ moved[k] @ gram[k].double()
         expected += 0.5 * 3 * float(torch.trace(weighed @ moved[k].T))
-    assert raised(of, rounded) == pytest.approx(expected)
-    assert raised(matrix(weight, 2, None), rounded) == pytest.approx(
+    assert loss(of, rounded) == pytest.approx(expected)
+    assert loss(matrix(weight, 2, None), rounded) == pytest.approx(
         float(moved.square().sum() / of.weight.square().sum())
     )
 

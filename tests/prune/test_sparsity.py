@@ -245,6 +245,7 @@ def test_scores_are_the_gradients_of_the_paper() -> None:
     def trained(given: nn.Module, epochs: float, loss: object = None) -> None:
         scores = [p for name, p in given.named_parameters() if name.endswith("scores")]
         updates = torch.optim.SGD(scores, lr=0.1)
+        updates.zero_grad()
         (given(x) - y).square().mean().backward()
         now = given[0].weight.detach()
         slope = torch.autograd.grad(((x @ (leaf := now.clone().requires_grad_()).T) - y).square().mean(), leaf)[0]
@@ -324,7 +325,8 @@ def test_damaged_and_empty_weights() -> None:
         model.second.weight[1, 2] = float("inf")
     with pytest.raises(RecipeError, match=r"NaN or infinite values in second\.weight"):
         pruned(prune.Magnitude(sparsity=0.5), model)
-    empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
     x: Tensor = torch.randn(16, 12)
     small = fw.compress(empty, prune.Magnitude(sparsity=0.5), task=fw.Task(x[:1], x.split(8)))
     assert small.ledger.steps[0].left["0"] == small.ledger.steps[0].left["1"] == "its weight is empty"

@@ -9,7 +9,7 @@ import torch
 from networks import Mixed, Residual, make, task_of
 
 import featherweight as fw
-from featherweight.curvature.rounding import matrix
+from featherweight.curvature.sweeps import matrix
 from featherweight.edits import Constrain
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Grid, Mask, constraints_on
@@ -17,11 +17,11 @@ from featherweight.quantize import RateDistortion
 from featherweight.quantize.rate_distortion import Price, cheapest, curvature, refitted, rounded
 
 
-@pytest.mark.parametrize("budget", ["1.1 kB", 0.7], ids=str)
+@pytest.mark.parametrize("budget", ["1.1 kB", 0.33], ids=str)
 def test_bytes_are_met_by_the_file_as_it_is_written(tmp_path, budget):
     model = make(Mixed)
     small = fw.compress(model, RateDistortion(budget=fw.Budget(bytes=budget)), task=task_of(model))
-    limit = 1100 if budget == "1.1 kB" else 0.7 * small.ledger.before.total.bytes
+    limit = 1100 if budget == "1.1 kB" else 0.33 * small.ledger.before.total.bytes
     size = small.save(tmp_path / "small.fw", ledger=False)
     assert 0.9 * limit < size <= limit
     again = fw.load(tmp_path / "small.fw", into=make(Mixed, seed=1)).model

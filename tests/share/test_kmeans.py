@@ -136,7 +136,8 @@ def test_damaged_and_empty_weights() -> None:
         model.first.weight[0, 0] = float("nan")
     with pytest.raises(RecipeError, match=r"NaN or infinite values in first\.weight"):
         shared(share.KMeans(bits=2), model)
-    empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Sequential(nn.Linear(12, 0), nn.Linear(0, 24), nn.ReLU(), nn.Linear(24, 4))
     x = torch.randn(16, 12)
     small = fw.compress(empty, share.KMeans(bits=2), task=fw.Task(x[:1], x.split(8)))
     assert small.ledger.steps[0].left["0"] == small.ledger.steps[0].left["1"] == "its weight is empty"
