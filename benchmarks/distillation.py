@@ -128,7 +128,7 @@ def students(images: int, seeds: int, epochs: float) -> list[str]:
                 trained = fw.compress(student(seed), dataclasses.replace(step, options=options), task=job, seed=seed)
                 return [100 * (trained.ledger.after.score or 0), time.process_time() - begun]
 
-            found.setdefault(name, []).append(kept.ask(f"{name}, {images} images, {epochs} epochs, seed {seed}", run))
+            found.setdefault(name, []).append(kept.ask(f"{name}, {images} images, {epochs:g} epochs, seed {seed}", run))
     alone = [score for score, _ in found["alone"]]
     rows = []
     for name, runs in found.items():
@@ -208,7 +208,7 @@ def healed(
                 return fashion.accuracy(small().model)
             return fashion.accuracy(fw.compress(small().model, step, task=job, seed=how["seed"]).model)
 
-        found[name] = kept.ask(f"{key}, {how['images']} images, {how['epochs']} epochs, {name}", run)
+        found[name] = kept.ask(f"{key}, {how['images']} images, {how['epochs']:g} epochs, {name}", run)
     return found
 
 
