@@ -4,7 +4,7 @@ Frantar & Alistarh, Optimal brain compression, 2022, arxiv.org/abs/2208.11580, w
 exact order; SparseGPT, 2023, arxiv.org/abs/2301.00774, where it is not. Either way the weights that stay are then
 fitted to the layer's output by least squares, and the bias to its mean.
 
-The best of the one-shot ways: no training, a minute for a small network. Above 80 % or so train afterwards.
+Needs calibration data and no training. Where much is to go, train afterwards.
 """
 
 from __future__ import annotations

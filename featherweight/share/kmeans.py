@@ -6,8 +6,7 @@ Beyond the paper, squared distances are weighed by the curvature of the loss (Ch
 quantization, 2017, section 3, arxiv.org/abs/1612.01543), and each weight's error is made up for by those that have not
 been given a value yet (Frantar et al., GPTQ, 2023, arxiv.org/abs/2210.17323).
 
-For runtimes that look weights up in a table, and files: 3 to 5 bits usually cost nothing. A uniform grid with entropy
-coding makes files smaller still.
+For runtimes that look weights up in a table, and files. A uniform grid with entropy coding makes files smaller still.
 """
 
 from __future__ import annotations
