@@ -117,7 +117,7 @@ def mnist(split: str) -> Split:
 @cache
 def clothes(split: str) -> Split:
     """Fashion-MNIST, standardized."""
-    return fashion._split(split)
+    return fashion.split(split)
 
 
 def shifted(images: Tensor, by: int = 2, flip: bool = False) -> Tensor:
@@ -193,11 +193,6 @@ RECIPES: dict[str, tuple[Callable[[], nn.Module], Callable[[str], Split], Callab
 }
 
 
-def precision(name: str) -> str:
-    """bf16 for what would otherwise train for long."""
-    return "bf16" if name.startswith("VGG") else "no"
-
-
 def trained(name: str) -> nn.Module:
     """A network trained as its row of RECIPES says, or as it was kept from an earlier time."""
     make, data, augment, epochs, rate = RECIPES[name]
@@ -208,7 +203,14 @@ def trained(name: str) -> nn.Module:
         network.load_state_dict(torch.load(kept, weights_only=True))
         return network.eval()
     network = network.to(memory_format=torch.channels_last)
-    fw.fit(network, Batches(data("train"), augment), epochs, loss, lr=rate, mixed_precision=precision(name))
+    fw.fit(
+        network,
+        Batches(data("train"), augment),
+        epochs,
+        loss,
+        lr=rate,
+        mixed_precision=fashion.PRECISION if make is VGG16 else "no",
+    )
     kept.parent.mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), kept)
     return network.eval()

@@ -179,7 +179,7 @@ def tuned_fashion(model: nn.Module, seed: int) -> float:
     """Per cent of the test images classified right after two epochs of fine-tuning, in place, as it was trained."""
     loader = DataLoader(Photos(load("train")), batch_size=128, shuffle=True, drop_last=True, collate_fn=augment)
     model = model.to(memory_format=torch.channels_last)
-    fw.fit(model, loader, epochs=2, loss=smoothed, lr=0.02, mixed_precision="bf16", seed=seed)
+    fw.fit(model, loader, epochs=2, loss=smoothed, lr=0.02, mixed_precision=fashion.PRECISION, seed=seed)
     return fashion.accuracy(model)
 
 

@@ -51,7 +51,7 @@ class Settings:
         rate: the peak learning rate.
         kept: Han et al.'s shares of weights kept, by layer; none for networks that are not theirs.
         bits: Han et al.'s, by layer.
-        precision: bf16 for what would otherwise train for long.
+        precision: of training.
     """
 
     network: Callable[[], nn.Module]
@@ -81,11 +81,11 @@ NETWORKS = {
     ),
     "VGG-16, 1/8": Settings(
         partial(baselines.trained, "VGG-16, 1/8"), clothes, partial(baselines.trained, "VGG-16, 1/8"),
-        partial(shifted, flip=True), factor=105, sparsity=0.97, epochs=(4, 4), rate=0.05, precision="bf16",
+        partial(shifted, flip=True), factor=105, sparsity=0.97, epochs=(4, 4), rate=0.05, precision=fashion.PRECISION,
     ),
     "ResNet-14": Settings(
         fashion.load_network, clothes, fashion.load_network,
-        partial(shifted, flip=True), factor=26, sparsity=0.82, epochs=(3, 3), rate=0.05, precision="bf16",
+        partial(shifted, flip=True), factor=26, sparsity=0.82, epochs=(3, 3), rate=0.05, precision=fashion.PRECISION,
     ),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def few_bits(epochs: float) -> list[str]:
     """Binary and ternary weights of the demo network, but for its first and last layer, untrained and trained."""
     network, split = fashion.load_network(), load("train")
     loader = DataLoader(TensorDataset(split.images, split.labels), 128, shuffle=True)
-    settings: dict[str, Any] = {"lr": 0.02, "mixed_precision": "bf16"}
+    settings: dict[str, Any] = {"lr": 0.02, "mixed_precision": fashion.PRECISION}
     task = fw.Task.from_loaders(loader, [(split.images[:64], split.labels[:64])], **settings)
     lines = [f"| weights | untrained | after {epochs:g} epochs | bytes kept | CPU s |", "|---|---:|---:|---:|---:|"]
     for kind in (quantize.Binary, quantize.Ternary):

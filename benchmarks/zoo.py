@@ -13,6 +13,7 @@ Every network has a name, ``set:name``, and `build` makes it with an example of 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -54,6 +55,11 @@ AUXILIARY = "fastscnn deeplabv3 pspnet".split()  # noqa: SIM905
 
 # The side of images for networks that would want larger ones, where they take smaller.
 LARGEST = 256
+# What those take that want something else than images of three channels.
+OTHER: dict[str, Callable[[], Inputs]] = {
+    "pfpcnet": lambda: Inputs((torch.randn(1, 1, 320, 240),)),
+    "nvpattexp": lambda: Inputs((torch.randn(1, 8, 16, 29), torch.full((1,), 3))),
+}
 
 TIMM = """
 vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 swin_tiny_patch4_window7_224 convnext_atto mixer_s32_224
@@ -459,9 +465,14 @@ def _pytorchcv(file: str, function: str, side: int | None) -> tuple[nn.Module, I
         settings = {}
     with _names_kept():
         made = make(**settings)
+    if file in OTHER:
+        return made, OTHER[file]()
     if side is None and max(getattr(made, "in_size", (0,))) > LARGEST:
-        with contextlib.suppress(AssertionError, TypeError, ValueError):  # which say that it takes no other size
-            made, side = make(**settings, in_size=(LARGEST, LARGEST)), LARGEST
+        # Which say that it takes no other size, in the end at the first pooling that nothing is left for.
+        with contextlib.suppress(AssertionError, TypeError, ValueError, RuntimeError), torch.no_grad():
+            smaller = make(**settings, in_size=(LARGEST, LARGEST))
+            copy.deepcopy(smaller).eval()(torch.randn(1, getattr(made, "in_channels", 3), LARGEST, LARGEST))
+            made, side = smaller, LARGEST
     size = (side, side) if side is not None else getattr(made, "in_size", (224, 224))
     return made, Inputs((torch.randn(1, getattr(made, "in_channels", 3), *size),))
 
