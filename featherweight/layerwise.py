@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -33,12 +33,11 @@ from featherweight.search.greedy import Greedy
 from featherweight.search.optimal import Optimal, check
 from featherweight.search.options import Choosing, Option, Plan, Selector, Table
 from featherweight.search.replay import Replay
+from featherweight.settings import made
 from featherweight.snapshot import repriced
 from featherweight.step import Step
 from featherweight.study import Study
 from featherweight.task import Task, fingerprint
-
-Made = TypeVar("Made")
 
 SELECTORS: Mapping[str, type[Greedy] | type[Optimal]] = {"greedy": Greedy, "optimal": Optimal}
 # Points of a layer's curve that go into the ledger.
@@ -140,10 +139,7 @@ class Layerwise(Step):
     # Settings -------------------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, Mapping):
-            object.__setattr__(self, "budget", _made(Budget, self.budget))
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
+        super().__post_init__()
         match self.select:
             case str(path) if path.endswith(".json"):
                 object.__setattr__(self, "select", Plan.load(path))
@@ -151,7 +147,7 @@ class Layerwise(Step):
                 object.__setattr__(self, "select", Plan.from_json(self.select))
             case Mapping() as named if len(named) == 1 and next(iter(named)) in SELECTORS:
                 kind, settings = next(iter(named.items()))
-                object.__setattr__(self, "select", _made(SELECTORS[kind], settings or {}))
+                object.__setattr__(self, "select", made(SELECTORS[kind], settings or {}))
 
     @property
     def plan(self) -> Plan | None:
@@ -500,15 +496,3 @@ class Bench:
         if "replay" in vars(self):  # only where scores were measured layer by layer
             for name, obstacle in self.replay.obstacles.items():
                 self.study.notes.append(f"{name} was evaluated without replaying what lies before it: {obstacle}")
-
-
-def _made(kind: type[Made], settings: Mapping[str, Any]) -> Made:
-    """An object of nested settings.
-
-    Raises:
-        RecipeError: it has no such setting.
-    """
-    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    if unknown := [f"{kind.__name__} has no {k!r}{did_you_mean(str(k), known)}" for k in settings if k not in known]:
-        raise RecipeError(unknown)
-    return kind(**settings)

@@ -45,10 +45,6 @@ class Retraining(Step):
     def retrain(self, study: Study) -> Any:
         """Train ``study.model`` in place; what the training told of itself is returned."""
 
-    def __post_init__(self) -> None:
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
-
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
         if found:

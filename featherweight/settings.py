@@ -6,7 +6,11 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from featherweight.errors import RecipeError, did_you_mean
+
+Made = TypeVar("Made")
 
 
 def mistyped(settings: Any) -> list[str]:
@@ -22,6 +26,18 @@ def mistyped(settings: Any) -> list[str]:
         for name, value in given.items()
         if not fits(value, hints[name])
     ]
+
+
+def made(kind: type[Made], settings: Mapping[str, Any]) -> Made:
+    """An object of nested settings.
+
+    Raises:
+        RecipeError: it has no such setting.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := [f"{kind.__name__} has no {k!r}{did_you_mean(str(k), known)}" for k in settings if k not in known]:
+        raise RecipeError(unknown)
+    return kind(**settings)
 
 
 def fits(value: Any, annotation: Any) -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 
 from featherweight.edits import Edit
 from featherweight.ledger import Snapshot
-from featherweight.settings import mistyped
+from featherweight.search.budget import Budget
+from featherweight.settings import made, mistyped
 from featherweight.study import Study
 from featherweight.task import Task
 
@@ -35,6 +36,19 @@ class Step(ABC):
     """
 
     stage: ClassVar[Stage | None]
+
+    def __post_init__(self) -> None:
+        """Make tuples of the lists, and a budget of the mapping, that recipes give.
+
+        Raises:
+            RecipeError, BudgetError: what is given is no budget.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            elif field.name == "budget" and isinstance(value, Mapping):
+                object.__setattr__(self, "budget", made(Budget, value))
 
     @property
     def name(self) -> str:

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "featherweight"
 
 # Bottom to top. A room (a file or folder of the package) imports from rows above its own only, never from its own row.
 LAYERS = (
-    ("errors", "machine", "matching", "settings"),
-    ("files",),
+    ("errors", "machine", "matching"),
+    ("files", "settings"),
     ("batch", "ledger", "progress"),
     ("code", "forms", "graph"),
     ("train",),
@@ -21,7 +21,8 @@ LAYERS = (
     ("edits", "score"),
     ("cost", "curvature", "layers"),
     ("mend", "snapshot", "study"),
-    ("artifact", "search", "step"),
+    ("artifact", "search"),
+    ("step",),
     ("layerwise", "retraining"),
     ("distill", "factorize", "prune", "quantize", "share", "tune"),  # the verb folders
     ("export", "report"),

@@ -50,11 +50,6 @@ class Mutual(Retraining):
     weight: float = 1.0
     temperature: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.peers, list):
-            object.__setattr__(self, "peers", tuple(self.peers))
-
     def settings(self) -> dict[str, Any]:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         default = {f.name: f.default for f in fields(self)}

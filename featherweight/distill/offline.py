@@ -74,11 +74,6 @@ class Offline(Retraining):
             kinds.append(replace(kind, **{name: default[name] for name in same}))
         return Together(kinds=tuple(kinds), **shared)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.teacher, list):
-            object.__setattr__(self, "teacher", tuple(self.teacher))
-
     def settings(self) -> dict[str, Any]:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "teacher"}
         default = {f.name: f.default for f in fields(self)}

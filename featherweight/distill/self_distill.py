@@ -42,11 +42,6 @@ class SelfDistill(Retraining):
     hint: float = 0.03
     temperature: float = 3.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.heads, list):
-            object.__setattr__(self, "heads", tuple(self.heads))
-
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
         if found:

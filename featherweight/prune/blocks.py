@@ -59,12 +59,6 @@ class Blocks(Step):
 
     stage: ClassVar[Stage] = Stage.SHAPE
 
-    def __post_init__(self) -> None:
-        if isinstance(self.budget, Mapping):
-            object.__setattr__(self, "budget", Budget(**self.budget))
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
-
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
         if found:

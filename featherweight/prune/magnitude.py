@@ -64,11 +64,6 @@ class Magnitude(Unstructured):
     rounds: int = 8
     max_drop: float | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.block, list):
-            object.__setattr__(self, "block", tuple(self.block))
-
     # Settings -------------------------------------------------------------------------------------------------------
 
     def ways(self) -> dict[str, Any]:

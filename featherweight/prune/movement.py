@@ -51,10 +51,6 @@ class Movement(Step):
 
     stage: ClassVar[Stage] = Stage.MASK
 
-    def __post_init__(self) -> None:
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
-
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
         if found:

@@ -34,11 +34,6 @@ class NM(Sparsity):
     block: tuple[int, int] = (1, 1)
     score: Literal["l1", "l2", "random"] = "l1"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.block, list):
-            object.__setattr__(self, "block", tuple(self.block))
-
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
         if isinstance(self.block, tuple) and (len(self.block) != 2 or min(self.block, default=0) < 1):

@@ -157,12 +157,6 @@ class Structured(Step):
     # The kinds of groups that are narrowed, as `graph.Group.kind` names them.
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def __post_init__(self) -> None:
-        if isinstance(self.budget, Mapping):
-            object.__setattr__(self, "budget", Budget(**self.budget))
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
-
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
         if found:

@@ -49,10 +49,6 @@ class Activations(Step):
 
     stage: ClassVar[Stage] = Stage.VALUES
 
-    def __post_init__(self) -> None:
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
-
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
         if found:

@@ -27,7 +27,7 @@ from featherweight.curvature.rounding import swept
 from featherweight.curvature.solve import root
 from featherweight.curvature.sweeps import SWEEP_DAMPING, Matrix, matrix
 from featherweight.edits import Constrain, Edit, Leave
-from featherweight.errors import BudgetError, RecipeError
+from featherweight.errors import BudgetError
 from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer
 from featherweight.forms.grid import WIDTHS
 from featherweight.layers import layer_names, obstacles, unmatched, weighted_layers
@@ -91,15 +91,6 @@ class RateDistortion(Step):
     evaluations: int = 8
 
     stage: ClassVar[Stage] = Stage.VALUES
-
-    def __post_init__(self) -> None:
-        if isinstance(self.budget, Mapping):
-            known = Budget.__dataclass_fields__
-            if unknown := [key for key in self.budget if key not in known]:
-                raise RecipeError([f"Budget has no {key!r}" for key in unknown])
-            object.__setattr__(self, "budget", Budget(**self.budget))
-        if isinstance(self.ignore, list):
-            object.__setattr__(self, "ignore", tuple(self.ignore))
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         """What is wrong with the settings for this model and task."""

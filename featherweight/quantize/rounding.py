@@ -100,11 +100,6 @@ class Rounding(Layerwise):
 
     # Settings -------------------------------------------------------------------------------------------------------
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.offer, list):
-            object.__setattr__(self, "offer", tuple(self.offer))
-
     def ways(self) -> dict[str, Any]:
         return {"budget": self.budget, "bits": self.bits, **{k: v for k, v in super().ways().items() if k != "budget"}}
 
