@@ -55,10 +55,21 @@ AUXILIARY = "fastscnn deeplabv3 pspnet".split()  # noqa: SIM905
 
 # The side of images for networks that would want larger ones, where they take smaller.
 LARGEST = 256
-# What those take that want something else than images of three channels.
-OTHER: dict[str, Callable[[], Inputs]] = {
-    "pfpcnet": lambda: Inputs((torch.randn(1, 1, 320, 240),)),
-    "nvpattexp": lambda: Inputs((torch.randn(1, 8, 16, 29), torch.full((1,), 3))),
+# Settings and inputs of those that do not look at images of three channels, or not at those alone.
+OTHER: dict[str, Callable[[], tuple[dict[str, Any], Inputs]]] = {
+    "simpleposemobile_coco": lambda: ({"return_heatmap": True}, Inputs((torch.randn(1, 3, 256, 192),))),
+    "pfpcnet": lambda: ({}, Inputs((torch.randn(1, 1, 320, 240),))),
+    "superpointnet": lambda: ({}, Inputs((torch.randn(1, 1, 224, 224),))),
+    "nvpattexp": lambda: ({}, Inputs((torch.randn(1, 8, 16, 29), torch.full((1,), 3)))),
+    "visemenet": lambda: ({}, Inputs((torch.randn(34, 8, 195), torch.full((34, 76), 3)))),
+    "voca": lambda: ({}, Inputs((torch.randn(1, 1, 16, 29), torch.full((1,), 3)))),
+    **dict.fromkeys(
+        ("jasper", "jasperdr", "quartznet"),
+        lambda: (
+            {"in_channels": 64, "num_classes": 29, "from_audio": False},
+            Inputs((torch.randn(1, 64, 200), torch.tensor([198]))),
+        ),
+    ),
 }
 
 TIMM = """
@@ -423,7 +434,7 @@ def families() -> list[str]:
     package = importlib.import_module("pytorchcv.models")
     known, found = {file for file, _ in vision().values()}, []
     for info in pkgutil.iter_modules(package.__path__):
-        if info.name in known or info.name in ("common", "model_store"):
+        if info.name in known or info.name in ("common", "model_store") or info.name.startswith("_"):
             continue
         module = importlib.import_module(f"pytorchcv.models.{info.name}")
         listed = [name for name in getattr(module, "__all__", ()) if name[0].islower()]
@@ -460,13 +471,15 @@ def _pytorchcv(file: str, function: str, side: int | None) -> tuple[nn.Module, I
         settings["aux"] = False
     if "coco" in function and side is not None:
         settings["return_heatmap"] = True
+    more, inputs = OTHER[file]() if file in OTHER else ({}, None)
+    settings |= more
     known = inspect.signature(make).parameters
     if "pretrained" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         settings = {}
     with _names_kept():
         made = make(**settings)
-    if file in OTHER:
-        return made, OTHER[file]()
+    if inputs is not None:
+        return made, inputs
     if side is None and max(getattr(made, "in_size", (0,))) > LARGEST:
         # Which say that it takes no other size, in the end at the first pooling that nothing is left for.
         with contextlib.suppress(AssertionError, TypeError, ValueError, RuntimeError), torch.no_grad():
