@@ -329,6 +329,8 @@ def run(name: str, tool: str, share: float, protected: Sequence[str]) -> Record:
         model = model.eval().double()
         randomise(model)
         inputs = inputs.on(model)
+        with torch.no_grad():
+            inputs.into(copy.deepcopy(model))
     except Exception as error:
         return {**record, "verdict": "unbuilt", "why": f"{type(error).__name__}: {error}"[:200]}
     try:
