@@ -137,9 +137,9 @@ def students(images: int, seeds: int, epochs: float) -> list[str]:
     what = (
         f"Teacher: the demo network, {fashion.accuracy(teacher):.2f} %, {macs(teacher) / 1e6:.1f} M MACs. Student: a "
         f"residual network of 8 layers, {share:.2f} of the MACs. {images:,} of the 60,000 training images without "
-        f"augmentation, {epochs:g} epochs, batches of 64, accuracy on the 10,000 test images; {seeds} seeds of initial "
-        "values and order, mean and deviation, gains against the same seeds. The teacher's answers are kept on disk and "
-        "come from there, in all kinds that have a teacher. CPU seconds with the two evaluations."
+        f"augmentation, {epochs:g} epochs, batches of 64, accuracy on the 10,000 test images; {seeds} seeds of first "
+        "values and order, mean and deviation, gains against the same seeds. The teacher's answers are kept on disk "
+        "and come from there, in all kinds that have a teacher. CPU seconds with the two evaluations."
     )
     return [
         "## A student of a quarter of the MACs",
