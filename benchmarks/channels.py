@@ -28,7 +28,7 @@ import digits
 import fashion
 import torch
 from data import load
-from results import FOLDER, processor, publish
+from results import processor, publish
 from torch import nn
 from torch.utils.data import DataLoader
 from train import Photos, augment, smoothed
@@ -279,21 +279,7 @@ def main(options: argparse.Namespace) -> None:
         print("\n".join(table), "\n", file=sys.stderr)  # as they come: the whole takes half an hour
         when = f"Measured on {datetime.date.today().isoformat()}, {processor()}."
         lines += ["", table[0], "", when, *table[1:]]
-    if options.write:  # parts that were not measured now stay as they are
-        lines += kept_of((FOLDER / "channels.md").read_text(encoding="utf-8"), options.parts)
-    publish("channels", __doc__ or "", lines, options.write)
-
-
-def kept_of(text: str, parts: Sequence[str]) -> list[str]:
-    """Of a results file the lines of tables that are of other parts."""
-    kept, keep = [], False
-    for line in text.rstrip().splitlines():
-        if line.startswith("## "):
-            keep = not any(line.startswith(f"## {HEADINGS[part]}") for part in parts)
-            kept += [""] if keep else []
-        if keep and (line or kept[-1:] != [""]):
-            kept.append(line)
-    return kept
+    publish("channels", __doc__ or "", lines, options.write, parts=[HEADINGS[part] for part in options.parts])
 
 
 HEADINGS = {

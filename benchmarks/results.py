@@ -12,7 +12,7 @@ from featherweight.ledger import machine
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
-def publish(name: str, what: str, lines: Sequence[str], write: bool) -> None:
+def publish(name: str, what: str, lines: Sequence[str], write: bool, *, parts: Sequence[str] | None = None) -> None:
     """Print a benchmark's lines under a heading, and keep them in ``results/NAME.md`` where asked.
 
     Args:
@@ -20,7 +20,11 @@ def publish(name: str, what: str, lines: Sequence[str], write: bool) -> None:
         what: the script's docstring; its first line is the heading.
         lines: Markdown.
         write: whether to keep them.
+        parts: how the titles of the sections begin that were measured now; others stay as they are. None for all.
     """
+    file = FOLDER / f"{name}.md"
+    if write and parts is not None and file.exists():
+        lines = [*lines, *_others(file.read_text(encoding="utf-8"), parts)]
     when = datetime.date.today().isoformat()
     where = f"{processor()}, {machine()}; torch {version('torch')}, featherweight {version('featherweight')}; {when}."
     text = "\n".join(
@@ -29,7 +33,20 @@ def publish(name: str, what: str, lines: Sequence[str], write: bool) -> None:
     print(text)
     if write:
         FOLDER.mkdir(exist_ok=True)
-        (FOLDER / f"{name}.md").write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+
+
+def _others(text: str, parts: Sequence[str]) -> list[str]:
+    """Of a results file the lines of sections whose titles begin otherwise."""
+    kept: list[str] = []
+    keep = False
+    for line in text.rstrip().splitlines():
+        if line.startswith("## "):
+            keep = not any(line.startswith(f"## {part}") for part in parts)
+            kept += [""] if keep else []
+        if keep and (line or kept[-1:] != [""]):
+            kept.append(line)
+    return kept
 
 
 def processor() -> str:

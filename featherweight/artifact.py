@@ -185,7 +185,8 @@ def _coded(held: Sequence[Constrained], value: Tensor, kept: Tensor) -> tuple[in
     for number, constraint in reversed(list(enumerate(held))):
         codes = constraint.codes(value)
         if codes is not None:
-            exact = torch.equal(constraint.decoded(codes).cpu()[kept], value.cpu()[kept])
+            right = constraint.decoded(codes).cpu() == value.cpu()
+            exact = bool((right | ~kept).all())
             return (number, codes - zero_codes(constraint, value)) if exact else None
     return None
 

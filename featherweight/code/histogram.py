@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featherweight.code import huffman, lanes
-from featherweight.code.numbers import Reader, gamma, unzigzag, varint, zigzag
+from featherweight.code.numbers import Reader, gamma, gamma_lengths, unzigzag, varint, zigzag
 from featherweight.errors import ArtifactError
 
 Whole = NDArray[np.int64]
@@ -103,7 +103,7 @@ def best_tables(counts: Whole) -> lanes.Tables:
     """
     needed = int((counts > 0).sum(1).max()).bit_length()
     tried = [lanes.Tables(lanes.normalised(counts, p), p) for p in PRECISIONS if p > needed]
-    sizes = [tables.bits(counts) + 8 * len(_table(tables)) for tables in tried]
+    sizes = [tables.bits(counts) + float(gamma_lengths(tables.frequencies + 1).sum()) for tables in tried]
     # The first that is as good as the best: small tables stay in the processor's nearest memory.
     return next(tables for tables, size in zip(tried, sizes, strict=True) if size <= 1.0003 * min(sizes) + 1)
 

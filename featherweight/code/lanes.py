@@ -5,7 +5,8 @@ Interleaved entropy coders, 2014, arxiv.org/abs/1402.3392. Whole numbers only: e
 
 Symbol i goes to lane i mod L. A lane keeps an interval [low, low + extent) of 48 bits; a symbol narrows it to its
 share, and whenever less than 32 bits of extent are left, the upper 16 bits of low are written. A lane ends with as few
-bytes as name a number in its interval; what lies beyond its end reads as zeros.
+bytes as name a number in its interval; what lies beyond its end reads as zeros. What is too short for many lanes has
+none, and is coded as one stream (`single`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from featherweight.code import single
 from featherweight.code.numbers import Reader, packed, varint
 from featherweight.errors import ArtifactError
 
@@ -24,6 +26,8 @@ Whole = NDArray[np.int64]
 BYTES_PER_LANE = 600
 LEAST_SYMBOLS = 64  # of a lane
 LANES = 4096
+# With fewer lanes a step does too little at once, and all symbols are coded as one stream instead.
+LEAST_LANES = 1024
 _WORD, _HALF, _MASK = np.uint64(16), np.uint64(32), np.uint64(2**32 - 1)
 _LEAST, _ALL = np.uint64(2**32), np.uint64(2**48 - 1)
 
@@ -88,7 +92,9 @@ def encode(symbols: Whole, tables: Tables, contexts: Whole | None = None) -> byt
     count, width = len(symbols), tables.frequencies.shape[1]
     places = symbols if contexts is None else contexts * width + symbols
     each = np.bincount(places, minlength=tables.frequencies.size).reshape(tables.frequencies.shape)
-    lanes = int(min(LANES, count // LEAST_SYMBOLS, tables.bits(each) / 8 // BYTES_PER_LANE)) or 1
+    lanes = int(min(LANES, count // LEAST_SYMBOLS, tables.bits(each) / 8 // BYTES_PER_LANE))
+    if lanes < LEAST_LANES:
+        return varint(0) + single.encode(symbols, tables, contexts)
     starts, frequencies = tables.starts.ravel().astype(np.uint64), tables.frequencies.ravel().astype(np.uint64)
     precision = np.uint64(tables.precision)
     low, extent = np.zeros(lanes, np.uint64), np.full(lanes, _ALL)
@@ -148,11 +154,13 @@ def decode(data: Reader, count: int, tables: Tables, contexts: Whole | None = No
         ArtifactError: the data is no such stream.
     """
     lanes = data.varint_to(max(1, min(LANES, count // LEAST_SYMBOLS)))
+    if not lanes:
+        return single.decode(data, count, tables, contexts)
     if lanes == 1:
         sizes = np.array([data.left])
     else:
         least, width = data.varint_to(data.left), data.byte()
-        if not lanes or width > 32:
+        if width > 32:
             raise ArtifactError("the lengths of its lanes make no sense")
         sizes = data.packed(lanes, width) + least
     if int(sizes.sum()) != data.left:

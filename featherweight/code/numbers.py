@@ -39,9 +39,16 @@ def packed(values: Whole, width: int) -> bytes:
 
 
 def gamma(values: Whole) -> bytes:
-    """Numbers from 1, each as one zero fewer than it has binary digits, then these (Elias, 1975)."""
-    text = "".join(f"{'0' * (int(v).bit_length() - 1)}{int(v):b}" for v in values)
-    return np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0")).tobytes()
+    """Numbers from 1 below 2^31, each as one zero fewer than it has binary digits, then these (Elias, 1975)."""
+    lengths = gamma_lengths(values)
+    ends = np.cumsum(lengths)
+    left = np.repeat(ends, lengths) - 1 - np.arange(ends[-1] if len(ends) else 0)  # bits of the same number
+    return np.packbits((np.repeat(values, lengths) >> left & 1).astype(np.uint8)).tobytes()
+
+
+def gamma_lengths(values: Whole) -> Whole:
+    """How many bits `gamma` takes for each."""
+    return 2 * np.frexp(values.astype(np.float64))[1].astype(np.int64) - 1
 
 
 class Reader:

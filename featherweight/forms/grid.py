@@ -134,6 +134,8 @@ class Gridded(Constrained):
         form = self.form
         scale, zero_point = form.spread(self.scale, value.shape), form.spread(self.zero_point, value.shape)
         found = whole(value, scale, zero_point, form.low, form.high).long() - form.low
+        if torch.equal(self.decoded(found), value):
+            return found
         # In a type coarser than the grid several codes have one value, and the nearest code may have its neighbour's.
         for shift in (1, -1):
             beside = (found + shift).clamp(0, form.high - form.low)
