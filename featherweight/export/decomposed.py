@@ -164,7 +164,7 @@ class _Writer:
         self.graph.erase_node(node)
 
     def _keep_steps(self) -> None:
-        """Round behind what moves whole numbers, in the steps in front, and in front of what joins them, in those behind.
+        """Round behind what moves whole numbers, in the steps in front; before what joins them, in those behind.
 
         XNNPACK computes moves and concatenations on whole numbers of one step only. Nothing is changed by it:
         the numbers in front are on that grid, and those behind a concatenation are put on it all the same.
@@ -194,6 +194,7 @@ class _Writer:
             reason = _reason(reader, node, mark)
             if reason is None:
                 reader.replace_input_with(node, self._codes(reader, name, mark))
+                self._own_bias(reader)
             else:
                 self.left.setdefault(reason, []).append(name)
                 reader.replace_input_with(node, _marked_value(node))
@@ -218,6 +219,19 @@ class _Writer:
                 torch.ops.quantized_decomposed.dequantize_per_channel.default,
                 (*read, axis, LOW, HIGH, torch.int8),
             )
+
+    def _own_bias(self, layer: fx.Node) -> None:
+        """A bias that several layers read, for one of them: its whole numbers are in the steps of that layer's input.
+
+        ExecuTorch 1.5 writes one tensor for all of them, in the steps of the first.
+        """
+        bias = arguments(layer).get("bias")
+        if isinstance(bias, fx.Node) and len(bias.users) > 1:
+            attribute = f"{layer.name}_bias"
+            path, _, leaf = str(bias.target).rpartition(".")
+            self.module.register_buffer(attribute, getattr(self.module.get_submodule(path), leaf).detach().clone())
+            with self.graph.inserting_before(layer):
+                layer.replace_input_with(bias, self.graph.get_attr(attribute))
 
     def _unused(self) -> None:
         """Take out what nothing reads any more, weights in floating point among them."""

@@ -232,6 +232,8 @@ def _reason(error: BaseException) -> str:
     """What the error that all others were raised from says, with the operation that it names."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if unknown := re.search(r"Operator (?:torch\._ops\.)?([\w.]+) is not in Core ATen", str(error)):
+        return f"it has no operation {unknown[1]}"
     said = first_line(error)
     named = re.search(r"(torch\._ops\.|torch\.ops\.)?aten[.:]+[\w.]+", str(error))
     return said if named is None or named[0] in said else f"{said} ({named[0]})"
