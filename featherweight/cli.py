@@ -220,7 +220,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", default="onnx", help=f"{', '.join(ENDINGS)} (default: onnx)")
     export.add_argument("--fixed-batch", action="store_true", help="only the example's batch size")
     bench.add_argument(
-        "--runtime", nargs="+", default=["torch", "onnxruntime"], help="torch, onnxruntime (default: both)"
+        "--runtime",
+        nargs="+",
+        default=["torch", "onnxruntime"],
+        help="torch, onnxruntime, executorch (default: the first two)",
     )
     bench.add_argument("--repeats", type=int, default=50, help="timed calls (default: 50)")
     packing = add(_pack, "a safetensors file as a smaller .fw file, to the last bit", project=False)

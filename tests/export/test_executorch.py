@@ -11,7 +11,7 @@ from networks import Residual, Transformer, make, task_of
 from torch import Tensor, nn
 
 import featherweight as fw
-from featherweight import factorize, quantize
+from featherweight import factorize, prune, quantize
 from featherweight.batch import Inputs
 from featherweight.errors import ExportError
 from featherweight.export import export
@@ -75,6 +75,14 @@ def test_a_float_network_answers_as_it_did_and_says_what_xnnpack_computes(tmp_pa
     assert answer["none"] is None
     with pytest.raises(ExportError, match=r"squash=True would need another export"):
         file(x, True, scale=scale)
+
+
+@pytest.mark.parametrize("step", [prune.Magnitude(sparsity=0.5), prune.Channels(budget=fw.Budget(macs=0.6))])
+def test_masked_and_narrowed_networks_are_floats_there(tmp_path, step):
+    model = make(Residual)
+    small = fw.compress(model, step, task=task_of(model))
+    assert small.export("executorch", tmp_path / "m.pte", dynamic_batch=False).difference < 1e-4
+    assert in_executorch(tmp_path / "m.pte").float == 5
 
 
 def test_low_rank_layers_are_layers_like_any_others_there(tmp_path):
