@@ -26,6 +26,7 @@ from featherweight.quantize.placement import moves, operation_of_any
 from featherweight.quantize.targets import EXECUTORCH
 
 LOW, HIGH = -128, 127  # of int8
+INSIDE = ("relu", "relu6", "hardtanh")  # what the partitioner takes into a layer
 GREATEST = torch.finfo(torch.float32).max
 LEAST_STEP = 1e-7  # of ranges found at every call, for what is all zeros
 
@@ -90,9 +91,10 @@ class _Writer:
         """A clip between two numbers by the one name under which the partitioner takes it into a layer."""
         given = arguments(node)
         low, high = (given.get(end) for end in ("min", "max"))
-        if isinstance(low, int | float) and isinstance(high, int | float | None):
+        numbers = isinstance(low, int | float | None) and isinstance(high, int | float | None)
+        if numbers and node.meta["val"].is_floating_point():
             node.target, node.kwargs = torch.ops.aten.hardtanh.default, {}
-            node.args = (node.args[0], float(low), GREATEST if high is None else float(high))
+            node.args = (node.args[0], -GREATEST if low is None else low, GREATEST if high is None else high)
 
     # Activations ----------------------------------------------------------------------------------------------------
 
@@ -115,8 +117,12 @@ class _Writer:
     def _clipped(self, before: fx.Node, x: fx.Node, low: float, high: float) -> fx.Node:
         """A value within the ends of a grid that is narrower than int8, as one clip with a ReLU or clip in front."""
         clip = torch.ops.aten.hardtanh.default
-        if operation_of_any(x) in EXECUTORCH.fused and len(x.users) == 1:
-            ends = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(operation_of(x), (*x.args[1:3], -1.0, 1.0)[:2])
+        if operation_of_any(x) in INSIDE and len(x.users) == 1:
+            given = arguments(x)
+            ends = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}.get(operation_of(x)) or (
+                given["min_val"],
+                given["max_val"],
+            )
             x.target, x.args, x.kwargs = clip, (x.args[0], max(low, ends[0]), min(high, ends[1])), {}
             return x
         with self.graph.inserting_before(before):
@@ -270,7 +276,7 @@ def _behind(layer: fx.Node) -> fx.Node | None:
         if len(layer.users) != 1:
             return None
         (layer,) = layer.users
-        if operation_of_any(layer) not in EXECUTORCH.fused:
+        if operation_of_any(layer) not in INSIDE:
             break
     return layer
 
