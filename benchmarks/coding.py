@@ -139,7 +139,7 @@ def beside_nncodec(arguments: argparse.Namespace) -> list[str]:
     answers = classes(lite, judged)
     seen = photographs.photographs(64, seed=0)
     what = (
-        "Whole files, and CPU seconds from values to bytes and back; what is kept is accuracy on Fashion-MNIST, and for "
+        "Whole files, and CPU seconds from values to bytes and back; what is kept is accuracy on Fashion-MNIST, for "
         "EfficientNet-Lite0 the share of 500 photographs with the original's answer. `fold`: the statistics of batch "
         "norms taken into their weights first; Featherweight does that by itself."
     )

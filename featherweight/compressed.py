@@ -21,6 +21,7 @@ from featherweight.cost.latency import measure, torch_run
 from featherweight.edits import Edit
 from featherweight.errors import ExportError
 from featherweight.export import export as export_file
+from featherweight.export.executorch import ExecuTorchModel
 from featherweight.export.onnx import session
 from featherweight.export.verify import opened
 from featherweight.export.worth import available, file_name, measured
@@ -98,7 +99,7 @@ class Compressed:
         """Write the model for a runtime, run the file there, and hold its answers against the model's.
 
         Args:
-            format: ``onnx``, ``openvino`` or ``torch_export``.
+            format: ``onnx``, ``openvino``, ``executorch`` or ``torch_export``.
             path: the file to write.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score the file in its runtime: it is called with a module that runs the file.
@@ -136,8 +137,8 @@ class Compressed:
 
         Args:
             original: the model before.
-            folder: where to write the files: ``model.onnx``, ``model.xml``.
-            formats: of ``onnx`` and ``openvino``, which; None for those whose runtime is installed.
+            folder: where to write the files: ``model.onnx``, ``model.xml``, ``model.pte``.
+            formats: of ``onnx``, ``openvino`` and ``executorch``, which; None for those whose runtime is installed.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score every file in its runtime.
             repeats: timed calls of each.
@@ -164,7 +165,7 @@ class Compressed:
 
         Args:
             original: the model before.
-            runtimes: ``torch``, ``onnxruntime`` or both.
+            runtimes: of ``torch``, ``onnxruntime`` and ``executorch``, which.
             repeats: timed calls of each.
         """
         timings = time_side_by_side(original, self.model, self.example, runtimes, repeats)
@@ -224,8 +225,8 @@ def time_side_by_side(
         ExportError: there is no such runtime, or a model cannot be exported for it.
     """
     networks: Mapping[str, nn.Module] = {"before": original, "after": compressed}
-    if unknown := set(runtimes) - {"torch", "onnxruntime"}:
-        raise ExportError(f"there is no runtime {sorted(unknown)}: there are torch and onnxruntime")
+    if unknown := set(runtimes) - {"torch", "onnxruntime", "executorch"}:
+        raise ExportError(f"there is no runtime {sorted(unknown)}: there are torch, onnxruntime and executorch")
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
         for name, model in networks.items():
@@ -235,6 +236,9 @@ def time_side_by_side(
             if "onnxruntime" in runtimes:
                 export_file(model, inputs, "onnx", Path(folder) / f"{name}.onnx")
                 runs[f"{name} onnxruntime"] = partial(inputs.into, session(Path(folder) / f"{name}.onnx"))
+            if "executorch" in runtimes:
+                export_file(model, inputs, "executorch", Path(folder) / f"{name}.pte", dynamic_batch=False)
+                runs[f"{name} executorch"] = partial(inputs.into, ExecuTorchModel(Path(folder) / f"{name}.pte"))
         measured = measure(runs, repeats=repeats)
     threads, size = torch.get_num_threads(), example.batch_size
     return tuple(

@@ -228,7 +228,7 @@ def test_what_cannot_be_written_is_named(folder: Path, saved: Ledger, capsys: py
     run("export", "project.py", "model.fw", "model.onnx", "--format", "onx", expect=1)
     assert "did you mean 'onnx'" in capsys.readouterr().err
     run("bench", "project.py", "model.fw", "--runtime", "tensorrt", expect=1)
-    assert "there are torch and onnxruntime" in capsys.readouterr().err
+    assert "there are torch, onnxruntime and executorch" in capsys.readouterr().err
     run("bench", "project.py", "model.fw", "--runtime", "torch", "--repeats", "0", expect=1)
     assert "repeats must be 1 or more" in capsys.readouterr().err
 

@@ -99,7 +99,9 @@ def test_times_of_both_are_kept(small):
     assert [(t.network, t.runtime) for t in timings] == [("before", "torch"), ("after", "torch")]
     assert all(0 < t.lower_ms <= t.median_ms <= t.upper_ms for t in timings)
     assert small.ledger.timings == timings
-    with pytest.raises(ExportError, match=r"there is no runtime \['tensorrt'\]: there are torch and onnxruntime"):
+    with pytest.raises(
+        ExportError, match=r"there is no runtime \['tensorrt'\]: there are torch, onnxruntime and executorch"
+    ):
         small.time(make(Mixed), runtimes=("tensorrt",))
 
 

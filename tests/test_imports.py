@@ -34,7 +34,18 @@ LAYERS = (
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
-HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "openvino", "scipy", "sklearn", "transformers")
+HEAVY = (
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "executorch",
+    "torchao",
+    "scipy",
+    "sklearn",
+    "transformers",
+)
 
 
 def room_of(file: Path) -> str:

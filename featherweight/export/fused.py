@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featherweight.export.executorch import operations
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
 
@@ -75,6 +76,18 @@ def in_openvino(model: OpenVINOModel) -> Kernels:
         elif kind in _OPENVINO:
             left[f"{kind} in {precision}"] += 1
     return Kernels(integer, left.total(), tuple(f"{count} {kind}" for kind, count in sorted(left.items())))
+
+
+def in_executorch(path: Path) -> Kernels:
+    """The kernels of a .pte file: XNNPACK's, and those of ExecuTorch where XNNPACK has none.
+
+    Raises:
+        ExportError: ExecuTorch is missing, or the file is none of its programs.
+    """
+    found = operations(path)
+    return Kernels(
+        found.whole, found.left.total(), tuple(f"{count} {kind}" for kind, count in sorted(found.left.items()))
+    )
 
 
 def _said(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from featherweight import batch
 from featherweight.batch import Inputs
 from featherweight.errors import ExportError, did_you_mean
-from featherweight.export import onnx, openvino, torch_export
+from featherweight.export import executorch, onnx, openvino, torch_export
 from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, warn_fixed
 from featherweight.export.quantized import is_quantized, marked
 from featherweight.forms import released
@@ -43,17 +43,22 @@ class Format:
         load: the file as a module.
         whole: whether whole numbers are written as such, out of a program whose numbers are marked.
         runtime: what runs the file.
+        opset: whether it is written in ONNX's operators, of which there are several versions.
+        fixed: why it takes batches of one size only; empty where it takes any.
     """
 
     write: Callable[..., tuple[str, ...]]
     load: Callable[[Path], nn.Module]
     whole: bool
     runtime: str
+    opset: bool = False
+    fixed: str = ""
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(onnx.write, onnx.session, True, "onnxruntime"),
-    "openvino": Format(openvino.write, openvino.OpenVINOModel, True, "openvino"),
+    "onnx": Format(onnx.write, onnx.session, True, "onnxruntime", opset=True),
+    "openvino": Format(openvino.write, openvino.OpenVINOModel, True, "openvino", opset=True),
+    "executorch": Format(executorch.write, executorch.ExecuTorchModel, True, "executorch", fixed=executorch.FIXED),
     "torch_export": Format(torch_export.write, torch_export.load, False, "torch"),
 }
 
@@ -73,13 +78,13 @@ def export(
     """Write the model to a file, run the file, and hold its answers against the model's.
 
     The file has to agree on the example, on `batches`, and, where it takes any batch size, on made-up batches of one
-    and of two more than the example's. Where a model fixes its batch size, or answers by other rules at another one,
-    the file takes the example's size only, and a warning says why.
+    and of two more than the example's. Where a model or the format fixes the batch size, or the model answers by other
+    rules at another one, the file takes the example's size only, and a warning says why.
 
     Args:
         model: the model; it stays as it is.
         inputs: an example of its inputs; its values are not written into the file.
-        format: ``onnx``, ``openvino`` or ``torch_export``.
+        format: ``onnx``, ``openvino``, ``executorch`` or ``torch_export``.
         path: the file to write; one that exists is replaced only by a file that agrees.
         batches: real inputs to compare on.
         dynamic_batch: whether the file takes batches of any size, where the model does.
@@ -96,14 +101,15 @@ def export(
         ExportError: there is no such format, or the model cannot be exported, or the file does not answer as the model.
     """
     kind = _format(format)
-    if opset is not None and not kind.whole:
+    if opset is not None and not kind.opset:
         raise ExportError(f"{format} has no opset: leave it out")
     if half and is_quantized(model):
         raise ExportError("activations of this model are rounded, which float16 is too coarse for: leave half out")
     inputs = inputs.on(model)
     whole = Halved(model) if half else model
     plain, marks = marked(whole) if kind.whole else (released(whole), {})
-    settings: dict[str, Any] = {"opset": opset, "marks": marks} if kind.whole else {}
+    settings: dict[str, Any] = {"marks": marks} if kind.whole else {}
+    settings |= {"opset": opset} if kind.opset else {}
     tolerance = TOLERANCES[torch.float16] if half and tolerance is None else tolerance
     real = [given.on(model) for given in batches or ()]
     same_size = [given for given in real if given.batch_size == inputs.batch_size]
@@ -111,11 +117,14 @@ def export(
 
     with draft(path) as file:
         held = partial(check, model, format=format, path=file, tolerance=tolerance)
-        program = capture(plain, inputs, dynamic_batch=dynamic_batch)
+        program = capture(plain, inputs, dynamic_batch=dynamic_batch and not kind.fixed)
         notes = kind.write(program, file, **settings)
         answering = kind.load(file)
         if not has_dynamic_batch(program):
-            return replace(held(answering, [inputs, *same_size]), notes=notes)
+            found = replace(held(answering, [inputs, *same_size]), notes=notes)
+            if dynamic_batch and kind.fixed:
+                warn_fixed(model, inputs, kind.fixed)
+            return found
         try:
             return replace(held(answering, [inputs, *real, *made_up]), notes=notes)
         except ExportError as error:

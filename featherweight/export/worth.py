@@ -15,14 +15,19 @@ from torch import nn
 from featherweight.batch import Inputs
 from featherweight.cost.latency import measure
 from featherweight.errors import ExportError
-from featherweight.export.fused import in_onnxruntime, in_openvino
+from featherweight.export.executorch import ExecuTorchModel
+from featherweight.export.fused import in_executorch, in_onnxruntime, in_openvino
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
 from featherweight.export.verify import export
 from featherweight.ledger import Check
 from featherweight.machine import processor
 
-_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "executorch": ("executorch", "torchao"),
+}
 
 
 def available() -> tuple[str, ...]:
@@ -38,7 +43,7 @@ def file_name(format: str) -> str:
     """
     if format not in _PACKAGES:
         raise ExportError(f"{format!r} is no format whose runtime can be asked: there are {', '.join(_PACKAGES)}")
-    return {"onnx": "model.onnx", "openvino": "model.xml"}[format]
+    return {"onnx": "model.onnx", "openvino": "model.xml", "executorch": "model.pte"}[format]
 
 
 def measured(check: Check, original: nn.Module, path: Path, example: Inputs, repeats: int = 50) -> Check:
@@ -54,13 +59,16 @@ def measured(check: Check, original: nn.Module, path: Path, example: Inputs, rep
     inputs = example.on(original)
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder) / file_name(check.format)
-        export(original, inputs, check.format, before)
+        export(original, inputs, check.format, before, dynamic_batch=check.format != "executorch")
         runs: dict[str, Callable[[], object]] = {}
         notes = list(check.notes)
         if check.format == "onnx":
             kernels = in_onnxruntime(path)
             runs["file"], runs["float32"] = (partial(inputs.into, OnnxModel(p)) for p in (path, before))
             notes.append("ONNX Runtime has no kernels in bfloat16 on this processor")
+        elif check.format == "executorch":
+            kernels = in_executorch(path)
+            runs["file"], runs["float32"] = (partial(inputs.into, ExecuTorchModel(p)) for p in (path, before))
         else:
             model = OpenVINOModel(path)
             kernels = in_openvino(model)

@@ -43,7 +43,7 @@ class Activations(Step):
     """
 
     bits: PerLayer[int] = 8
-    target: Literal["onnxruntime-x86", "openvino", "generic-int8"] = "onnxruntime-x86"
+    target: Literal["onnxruntime-x86", "openvino", "generic-int8", "executorch"] = "onnxruntime-x86"
     headroom: bool | None = None
     ignore: tuple[str, ...] = ()
 

@@ -74,7 +74,19 @@ GENERIC_INT8 = Target(
     rounded_results=(*CONVOLUTIONS, "linear", *PRODUCTS, "add", "sub", "mul", "cat", "mean", "softmax", *POOLS),
     signed=True,
 )
-TARGETS: Mapping[str, Target] = {t.name: t for t in (ONNXRUNTIME_X86, OPENVINO, GENERIC_INT8)}
+# XNNPACK, as ExecuTorch 1.5 hands networks to it: executorch/backends/xnnpack/partition/config.
+EXECUTORCH = Target(
+    "executorch",
+    layers=("conv1d", "conv2d", "conv_transpose2d", "linear"),
+    between=("add", "sub", "mul", "cat", "mean", "adaptive_avg_pool2d"),
+    fused=CLIPS,
+    rounded_results=(
+        "conv1d", "conv2d", "conv_transpose2d", "linear",
+        "add", "sub", "mul", "cat", "mean", "adaptive_avg_pool2d",
+    ),
+    signed=True,
+)  # fmt: skip
+TARGETS: Mapping[str, Target] = {t.name: t for t in (ONNXRUNTIME_X86, OPENVINO, GENERIC_INT8, EXECUTORCH)}
 
 
 def target(name: str) -> Target:
