@@ -31,7 +31,7 @@ from featherweight.task import Task
 
 # Columns where there is no terminal to ask: names of layers stay whole in files and pipes.
 PIPED_WIDTH = 120
-ENDINGS = {"onnx": "onnx", "openvino": "xml", "torch_export": "pt2"}
+ENDINGS = {"onnx": "onnx", "openvino": "xml", "coreml": "mlpackage", "torch_export": "pt2"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +112,10 @@ def _export(options: argparse.Namespace) -> None:
     small.example = task.inputs()
     check = small.export(options.format, options.to, dynamic_batch=not options.fixed_batch)
     size = words.size(check.bytes)
-    _show(f"{options.to}: {size}, differs from the model by {check.difference:.1e}")
+    if check.difference is None:
+        _show(f"{options.to}: {size}, {'; '.join(check.notes)}")
+    else:
+        _show(f"{options.to}: {size}, differs from the model by {check.difference:.1e}")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -205,9 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", help="a YAML file with the steps")
         command.add_argument("--out", default="out", help="folder for results, and to go on from (default: out)")
         command.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    run.add_argument(
-        "--export", choices=("onnx", "openvino", "torch_export"), help="also write the model for a runtime"
-    )
+    run.add_argument("--export", choices=tuple(ENDINGS), help="also write the model for a runtime")
     run.add_argument("--time", action="store_true", help="also measure latency, in PyTorch and ONNX Runtime")
     run.add_argument("--repeats", type=int, default=50, help="timed calls (default: 50)")
     report = add(_report, "show a ledger, or write it as a page", project=False)
@@ -219,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (export, bench):
         command.add_argument("file", help="a .fw file")
     export.add_argument("to", help="the file to write")
-    export.add_argument("--format", default="onnx", help="onnx, openvino or torch_export (default: onnx)")
+    export.add_argument("--format", default="onnx", help="onnx, openvino, coreml or torch_export (default: onnx)")
     export.add_argument("--fixed-batch", action="store_true", help="only the example's batch size")
     bench.add_argument(
         "--runtime", nargs="+", default=["torch", "onnxruntime"], help="torch, onnxruntime (default: both)"

@@ -98,7 +98,7 @@ class Compressed:
         """Write the model for a runtime, run the file there, and hold its answers against the model's.
 
         Args:
-            format: ``onnx``, ``openvino`` or ``torch_export``.
+            format: ``onnx``, ``openvino``, ``coreml`` or ``torch_export``.
             path: the file to write.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score the file in its runtime: it is called with a module that runs the file.

@@ -71,6 +71,7 @@ class Backend:
 _BACKENDS = {
     "ONNX files, run in ONNX Runtime": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     "OpenVINO files, run in OpenVINO": ("openvino", ("onnx", "onnxscript", "openvino")),
+    "Core ML packages, run on macOS": ("coreml", ("coremltools",)),
     "training loop": ("train", ("accelerate",)),
 }
 

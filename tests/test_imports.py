@@ -34,7 +34,9 @@ LAYERS = (
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
-HEAVY = ("accelerate", "onnx", "onnxruntime", "onnxscript", "openvino", "scipy", "sklearn", "transformers")
+HEAVY = (
+    "accelerate", "coremltools", "onnx", "onnxruntime", "onnxscript", "openvino", "scipy", "sklearn", "transformers",
+)  # fmt: skip
 
 
 def room_of(file: Path) -> str:

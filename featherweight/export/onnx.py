@@ -61,7 +61,7 @@ def write(
     """
     _need("onnx", "onnxscript")
     opset = check_opset(marks or {}, opset)
-    call, inputs, outputs = _naming(program)
+    call, inputs, outputs = naming(program)
     batch_axes = [{0: "batch"}] * len(inputs) if has_dynamic_batch(program) else None
     with quiet():
         try:
@@ -151,7 +151,7 @@ class OnnxModel(FileModel):
         return answers
 
 
-def _naming(program: ExportedProgram) -> tuple[dict[str, Any], list[str], list[str]]:
+def naming(program: ExportedProgram) -> tuple[dict[str, Any], list[str], list[str]]:
     """How the program is called and answers, as JSON; the names of its input tensors; the names of its output tensors.
 
     Raises:
@@ -163,9 +163,7 @@ def _naming(program: ExportedProgram) -> tuple[dict[str, Any], list[str], list[s
     fixed = {a.name: repr(a.value) for a in arguments if isinstance(a, ConstantArgument)}
     inputs = [a.name for a in arguments if a.name not in fixed]
     if constants := [a.value for a in answers if isinstance(a, ConstantArgument) and a.value is not None]:
-        raise ExportError(
-            f"the model returns {constants[0]!r} beside its tensors, which an ONNX file cannot: leave it out"
-        )
+        raise ExportError(f"the model returns {constants[0]!r} beside its tensors, which a file cannot: leave it out")
 
     tree = program.call_spec.out_spec
     outputs: list[str] = []
