@@ -74,7 +74,8 @@ class Packed:
         """Bytes of every array of it, in a file that computes in numbers of `width` bytes."""
         bits = [self.codes.size * (self.bits or 8 * width)]
         bits += [8 * width * part.size for part in (self.table, self.scale) if part is not None]
-        bits += [self.offset.size * self.bits] if self.offset is not None else []
+        if self.scale is not None and (self.offset is not None or self.release < 18):  # which has none without
+            bits += [self.scale.size * self.bits]
         bits += [self.mask.size] if self.mask is not None else []
         return tuple(-(-count // 8) for count in bits)
 
