@@ -22,7 +22,7 @@ from featherweight.edits import Edit
 from featherweight.errors import ExportError
 from featherweight.export import export as export_file
 from featherweight.export.onnx import session
-from featherweight.export.verify import opened
+from featherweight.export.verify import opened, runs
 from featherweight.export.worth import available, file_name, measured
 from featherweight.ledger import Check, Ledger, Timing
 from featherweight.report import write
@@ -111,6 +111,8 @@ class Compressed:
         """
         options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "opset": opset, "half": half}
         given = [as_inputs(batch, like=self.example) for batch in batches or ()]
+        if evaluate is not None and not runs(format):
+            raise ExportError(f"{format} cannot be run on this system, only written: leave evaluate out")
         check = export_file(self.model, self.example, format, path, given, **options)  # type: ignore[arg-type]
         if evaluate is not None:
             check = replace(

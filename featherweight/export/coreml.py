@@ -34,7 +34,7 @@ from featherweight.errors import ExportError
 from featherweight.export.calling import METADATA, FileModel
 from featherweight.export.onnx import naming
 from featherweight.export.packed import BLOB, Packed, blobs, close, pack
-from featherweight.export.program import first_line, quiet
+from featherweight.export.program import first_line, has_dynamic_batch, quiet
 from featherweight.forms import Rounded, constrained_tensors, constraints_on, released
 
 MOST_BATCH = 128  # Core ML wants an upper end for every length that may vary
@@ -141,6 +141,8 @@ def write(program: ExportedProgram, path: Path, *, plan: Plan | None = None) -> 
         notes.append(f"{plan.rounded} activations that the model rounds are computed in floating point")
     if any(value.dtype == torch.int64 for value in _given(program)):
         notes.append("whole numbers go in as int32")
+    if has_dynamic_batch(program):
+        notes.append(f"takes batches of 1 to {MOST_BATCH}")
     notes.append(f"needs {SYSTEMS[release]}")
     if not runs_here():
         notes.append("checked structurally, not run: Core ML is on Apple's systems only")

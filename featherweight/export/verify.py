@@ -170,6 +170,15 @@ def _cast(kind: torch.dtype, value: Any) -> Any:
     return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def runs(format: str) -> bool:
+    """Whether files of a format can be run on this system.
+
+    Raises:
+        ExportError: there is no such format.
+    """
+    return _format(format).runs
+
+
 def opened(format: str, path: str | os.PathLike[str]) -> nn.Module:
     """An exported file as a module that runs it, for whatever asks a model, such as a task's `evaluate`.
 

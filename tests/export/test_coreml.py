@@ -142,6 +142,7 @@ def test_a_convolutional_network_computes_what_the_model_does(tmp_path, half, dy
     assert check.bytes == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert "checked structurally, not run: Core ML is on Apple's systems only" in check.notes
     assert "needs iOS 16 or macOS 13" in check.notes
+    assert ("takes batches of 1 to 128" in check.notes) == dynamic
     assert any("merged with others in the file, as batch norms are" in note for note in check.notes)
     assert not list(path.rglob("*debug*"))
 
@@ -261,7 +262,7 @@ def test_grids_keep_their_whole_numbers_and_scales(tmp_path, bits, axis, symmetr
     else:
         found = operation_of(path, "constexpr_blockwise_shift_scale")
         assert np.array_equal(found.data.val, codes)
-        assert (found.offset is None) == symmetric
+        assert (found.offset is None) == (not grid.zero_point.any())
     assert np.array_equal(found.scale.val.ravel(), grid.scale.detach().numpy().ravel())
     assert np.array_equal(found.materialized_val_inference(), layer.weight.detach().numpy())
     assert f"compressed weights: 1 {bits}-bit linear" in check.notes
@@ -292,7 +293,7 @@ def test_grids_in_blocks(tmp_path):
     torch.testing.assert_close(computed(path, {"input": x.args[0]})["output"], crossing(x.args[0]))
 
 
-@pytest.mark.parametrize(("form", "bits"), [(Binary(), 1), (Grid(2), 2), (Grid(3), 3)])
+@pytest.mark.parametrize(("form", "bits"), [(Binary(), 1), (Grid(2, symmetric=False), 2), (Grid(3), 3)])
 def test_few_values_an_output_are_tables_of_an_output(tmp_path, form, bits):
     torch.manual_seed(0)
     layer = form.build(nn.Linear(512, 16))
@@ -398,6 +399,10 @@ def test_where_core_ml_cannot_run_nothing_is_promised(tmp_path):
     for asked in ({"tolerance": 0.1}, {"batches": [X]}):
         with pytest.raises(ExportError, match="cannot be run on this system, only written: leave batches"):
             export(nn.Linear(64, 32), X, "coreml", path, **asked)
+    small = fw.compress(nn.Linear(64, 32), quantize.Weights(effort="nearest"), task=fw.Task(example=X.args[0]))
+    with pytest.raises(ExportError, match="coreml cannot be run on this system, only written: leave evaluate out"):
+        small.export("coreml", tmp_path / "other.mlpackage", evaluate=lambda model: 0.0)
+    assert not (tmp_path / "other.mlpackage").exists()
 
 
 def test_on_macos_the_answers_are_compared(tmp_path, monkeypatch):
