@@ -399,7 +399,8 @@ def test_where_core_ml_cannot_run_nothing_is_promised(tmp_path):
     for asked in ({"tolerance": 0.1}, {"batches": [X]}):
         with pytest.raises(ExportError, match="cannot be run on this system, only written: leave batches"):
             export(nn.Linear(64, 32), X, "coreml", path, **asked)
-    small = fw.compress(nn.Linear(64, 32), quantize.Weights(effort="nearest"), task=fw.Task(example=X.args[0]))
+    task = fw.Task(example=X.args[0], calibration=[X.args[0]])
+    small = fw.compress(nn.Sequential(nn.Linear(64, 32)), quantize.Weights(bits=8, effort="nearest"), task=task)
     with pytest.raises(ExportError, match="coreml cannot be run on this system, only written: leave evaluate out"):
         small.export("coreml", tmp_path / "other.mlpackage", evaluate=lambda model: 0.0)
     assert not (tmp_path / "other.mlpackage").exists()
