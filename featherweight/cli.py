@@ -31,7 +31,7 @@ from featherweight.task import Task
 
 # Columns where there is no terminal to ask: names of layers stay whole in files and pipes.
 PIPED_WIDTH = 120
-ENDINGS = {"onnx": "onnx", "openvino": "xml", "executorch": "pte", "torch_export": "pt2"}
+ENDINGS = {"onnx": "onnx", "openvino": "xml", "executorch": "pte", "coreml": "mlpackage", "torch_export": "pt2"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +112,10 @@ def _export(options: argparse.Namespace) -> None:
     small.example = task.inputs()
     check = small.export(options.format, options.to, dynamic_batch=not options.fixed_batch)
     size = words.size(check.bytes)
-    _show(f"{options.to}: {size}, differs from the model by {check.difference:.1e}")
+    if check.difference is None:
+        _show(f"{options.to}: {size}, {'; '.join(check.notes)}")
+    else:
+        _show(f"{options.to}: {size}, differs from the model by {check.difference:.1e}")
 
 
 def _bench(options: argparse.Namespace) -> None:

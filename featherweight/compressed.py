@@ -23,7 +23,7 @@ from featherweight.errors import ExportError
 from featherweight.export import export as export_file
 from featherweight.export.executorch import ExecuTorchModel
 from featherweight.export.onnx import session
-from featherweight.export.verify import opened
+from featherweight.export.verify import opened, runs
 from featherweight.export.worth import available, file_name, measured
 from featherweight.ledger import Check, Ledger, Timing
 from featherweight.report import write
@@ -99,7 +99,7 @@ class Compressed:
         """Write the model for a runtime, run the file there, and hold its answers against the model's.
 
         Args:
-            format: ``onnx``, ``openvino``, ``executorch`` or ``torch_export``.
+            format: ``onnx``, ``openvino``, ``executorch``, ``coreml`` or ``torch_export``.
             path: the file to write.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score the file in its runtime: it is called with a module that runs the file.
@@ -112,6 +112,8 @@ class Compressed:
         """
         options = {"dynamic_batch": dynamic_batch, "tolerance": tolerance, "opset": opset, "half": half}
         given = [as_inputs(batch, like=self.example) for batch in batches or ()]
+        if evaluate is not None and not runs(format):
+            raise ExportError(f"{format} cannot be run on this system, only written: leave evaluate out")
         check = export_file(self.model, self.example, format, path, given, **options)  # type: ignore[arg-type]
         if evaluate is not None:
             check = replace(

@@ -147,10 +147,10 @@ class Check:
         format: such as ``onnx``.
         file: the file's name.
         bytes: its size on disk.
-        difference: greatest relative difference of any output: max|a − b| / max|b|.
+        difference: greatest relative difference of any output: max|a − b| / max|b|; None where the file was not run.
         score: the task's score of the file in its runtime, where it could be asked.
         signal_to_noise_db: of every output, ``10 · log10(Σ b² / Σ (a − b)²)``, at most 200.
-        runtime: where the file was run, such as ``onnxruntime``.
+        runtime: where the file was run, such as ``onnxruntime``; empty where it was not.
         integer_operations: how many of the operations that multiply its runtime computes on whole numbers.
         operations: how many operations multiply there.
         in_float: those that it computes in floating point, by kind.
@@ -162,7 +162,7 @@ class Check:
     format: str
     file: str
     bytes: int
-    difference: float
+    difference: float | None
     score: float | None = None
     signal_to_noise_db: tuple[float, ...] = ()
     runtime: str = ""

@@ -72,6 +72,7 @@ _BACKENDS = {
     "ONNX files, run in ONNX Runtime": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     "OpenVINO files, run in OpenVINO": ("openvino", ("onnx", "onnxscript", "openvino")),
     "ExecuTorch files, run in ExecuTorch": ("executorch", ("executorch", "torchao")),
+    "Core ML packages, run on macOS": ("coreml", ("coremltools",)),
     "training loop": ("train", ("accelerate",)),
 }
 

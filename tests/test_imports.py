@@ -36,6 +36,7 @@ HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
 HEAVY = (
     "accelerate",
+    "coremltools",
     "onnx",
     "onnxruntime",
     "onnxscript",

@@ -81,10 +81,11 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
     All files written into that folder are moved, so one with its weights outside stays together.
 
     Raises:
-        ExportError: `path` is a folder, or its folder does not exist.
+        ExportError: `path` is a folder that is no package, or its folder does not exist.
     """
     target = Path(path)
-    if target.is_dir():
+    package = (target / "Manifest.json").is_file()  # Core ML's are folders
+    if target.is_dir() and not package:
         raise ExportError(f"{target} is a folder: name the file to write, such as {target / 'model'}")
     if not target.parent.is_dir():
         raise ExportError(f"there is no folder {target.parent} to write {target.name} into: create it first")
@@ -92,7 +93,10 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield Path(folder, target.name)
         written = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)  # what it refers to first
         for file in written:
-            os.replace(file, target.parent / file.name)
+            to = target.parent / file.name
+            if to.is_dir():
+                os.replace(to, Path(folder, f"{file.name}.before"))
+            os.replace(file, to)
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from featherweight import batch
 from featherweight.batch import Inputs
 from featherweight.errors import ExportError, did_you_mean
-from featherweight.export import executorch, onnx, openvino, torch_export
+from featherweight.export import coreml, executorch, onnx, openvino, torch_export
 from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, warn_fixed
 from featherweight.export.quantized import is_quantized, marked
 from featherweight.forms import released
@@ -45,6 +45,10 @@ class Format:
         runtime: what runs the file.
         opset: whether it is written in ONNX's operators, of which there are several versions.
         fixed: why it takes batches of one size only; empty where it takes any.
+        prepare: the model to capture, given the model and whether to compute in float16, and what else `write` takes;
+            None where that is the model of ordinary tensors, cast, and nothing else.
+        runs_here: whether this system can have the runtime; None where all can. Where it cannot, `write` alone sees to
+            it that the file holds the model, and its answers are not compared.
     """
 
     write: Callable[..., tuple[str, ...]]
@@ -53,12 +57,22 @@ class Format:
     runtime: str
     opset: bool = False
     fixed: str = ""
+    prepare: Callable[[nn.Module, bool], tuple[nn.Module, dict[str, Any]]] | None = None
+    runs_here: Callable[[], bool] | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether files can be run on this system."""
+        return self.runs_here is None or self.runs_here()
 
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(onnx.write, onnx.session, True, "onnxruntime", opset=True),
     "openvino": Format(openvino.write, openvino.OpenVINOModel, True, "openvino", opset=True),
     "executorch": Format(executorch.write, executorch.ExecuTorchModel, True, "executorch", fixed=executorch.FIXED),
+    "coreml": Format(
+        coreml.write, coreml.CoreMLModel, False, "coreml", prepare=coreml.prepare, runs_here=coreml.runs_here
+    ),
     "torch_export": Format(torch_export.write, torch_export.load, False, "torch"),
 }
 
@@ -79,12 +93,13 @@ def export(
 
     The file has to agree on the example, on `batches`, and, where it takes any batch size, on made-up batches of one
     and of two more than the example's. Where a model or the format fixes the batch size, or the model answers by other
-    rules at another one, the file takes the example's size only, and a warning says why.
+    rules at another one, the file takes the example's size only, and a warning says why. A file whose runtime this
+    system cannot have, such as ``coreml`` anywhere but on macOS, is looked through instead of run, as its notes say.
 
     Args:
         model: the model; it stays as it is.
         inputs: an example of its inputs; its values are not written into the file.
-        format: ``onnx``, ``openvino``, ``executorch`` or ``torch_export``.
+        format: ``onnx``, ``openvino``, ``executorch``, ``coreml`` or ``torch_export``.
         path: the file to write; one that exists is replaced only by a file that agrees.
         batches: real inputs to compare on.
         dynamic_batch: whether the file takes batches of any size, where the model does.
@@ -103,13 +118,19 @@ def export(
     kind = _format(format)
     if opset is not None and not kind.opset:
         raise ExportError(f"{format} has no opset: leave it out")
-    if half and is_quantized(model):
+    if not kind.runs and (batches or tolerance is not None):
+        raise ExportError(f"{format} cannot be run on this system, only written: leave batches and tolerance out")
+    if half and kind.prepare is None and is_quantized(model):
         raise ExportError("activations of this model are rounded, which float16 is too coarse for: leave half out")
     inputs = inputs.on(model)
-    whole = Halved(model) if half else model
-    plain, marks = marked(whole) if kind.whole else (released(whole), {})
-    settings: dict[str, Any] = {"marks": marks} if kind.whole else {}
-    settings |= {"opset": opset} if kind.opset else {}
+    settings: dict[str, Any] = {}
+    if kind.prepare is not None:
+        plain, settings = kind.prepare(model, half)
+    else:
+        whole = Halved(model) if half else model
+        plain, marks = marked(whole) if kind.whole else (released(whole), {})
+        settings = {"marks": marks} if kind.whole else {}
+        settings |= {"opset": opset} if kind.opset else {}
     tolerance = TOLERANCES[torch.float16] if half and tolerance is None else tolerance
     real = [given.on(model) for given in batches or ()]
     same_size = [given for given in real if given.batch_size == inputs.batch_size]
@@ -119,6 +140,8 @@ def export(
         held = partial(check, model, format=format, path=file, tolerance=tolerance)
         program = capture(plain, inputs, dynamic_batch=dynamic_batch and not kind.fixed)
         notes = kind.write(program, file, **settings)
+        if not kind.runs:
+            return Check(format, file.name, _bytes(file), None, notes=notes)
         answering = kind.load(file)
         if not has_dynamic_batch(program):
             found = replace(held(answering, [inputs, *same_size]), notes=notes)
@@ -156,11 +179,20 @@ def _cast(kind: torch.dtype, value: Any) -> Any:
     return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def runs(format: str) -> bool:
+    """Whether files of a format can be run on this system.
+
+    Raises:
+        ExportError: there is no such format.
+    """
+    return _format(format).runs
+
+
 def opened(format: str, path: str | os.PathLike[str]) -> nn.Module:
     """An exported file as a module that runs it, for whatever asks a model, such as a task's `evaluate`.
 
     Raises:
-        ExportError: there is no such format, or its runtime cannot run the file.
+        ExportError: there is no such format, or its runtime is not here or cannot run the file.
     """
     return _format(format).load(Path(path))
 
@@ -212,10 +244,15 @@ def check(
         signal = [a + b for a, (b, _) in zip(signal or [0.0] * len(here), here, strict=True)]
         noise = [a + b for a, (_, b) in zip(noise or [0.0] * len(here), here, strict=True)]
     ratios = tuple(decibels(s, n) for s, n in zip(signal, noise, strict=True))
+    return Check(format, path.name, _bytes(path), worst, signal_to_noise_db=ratios, runtime=_format(format).runtime)
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file with what belongs to it, or of a package."""
     # Where ONNX keeps what is too large for one file, and OpenVINO all weights.
     beside = (path.with_name(f"{path.name}.data"), *((path.with_suffix(".bin"),) if path.suffix == ".xml" else ()))
-    size = sum(file.stat().st_size for file in (path, *beside) if file.exists())
-    return Check(format, path.name, size, worst, signal_to_noise_db=ratios, runtime=_format(format).runtime)
+    files = path.rglob("*") if path.is_dir() else (path, *beside)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def energies(a: Any, b: Any) -> list[tuple[float, float]]:

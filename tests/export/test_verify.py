@@ -71,7 +71,8 @@ def test_types_that_onnx_runtime_lacks_are_refused_with_a_way_out(tmp_path):
 
 def test_an_unknown_format_is_answered_with_the_nearest(tmp_path):
     with pytest.raises(
-        ExportError, match=r"no format 'onx'; did you mean 'onnx'\?; there are onnx, openvino, executorch, torch_export"
+        ExportError,
+        match=r"no format 'onx'; did you mean 'onnx'\?; there are onnx, openvino, executorch, coreml, torch_export",
     ):
         export(Convnet(), Inputs((torch.randn(1, 3, 6, 6),)), "onx", tmp_path / "net.onnx")
 
