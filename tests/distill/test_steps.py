@@ -309,7 +309,7 @@ def test_loaders_of_all_kinds(trained, batches, message):
         (distill.SelfDistill(alpha=1.5), r"alpha is 1\.5"),
         (distill.BornAgain(generations=0), "generations is 0"),
         (tune.FineTune(ignore=("sten",)), "'sten' matches none of .*did you mean 'stem'"),
-        (tune.FineTune(options=[1]), "options is .1.: it is a mapping"),
+        (tune.FineTune(options=[1]), "options is .1,.: it is a mapping"),
     ],
     ids=str,
 )

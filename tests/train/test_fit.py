@@ -57,6 +57,14 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 # What it computes
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as Python has it, however the tests were started: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [  # 8 steps, two of warm-up to the peak of 0.1; the n-th step is n/9 of the way
