@@ -180,7 +180,7 @@ def both(
         path = Path(folder) / "small.fw"
         for coding, coarsenesses in ours.items():
             for coarseness in coarsenesses:
-                small = fw.compress(network, RateDistortion(coarseness=coarseness, samples=64), task=task)
+                small = fw.compress(network, RateDistortion(coarseness=coarseness), task=task)
                 begun = time.process_time()
                 size = artifact.save(path, small.model, small.edits, None, coding=coding)
                 between = time.process_time()
