@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -64,6 +65,23 @@ class Activations(Step):
 
     def _widths(self) -> tuple[str, ...]:
         return ("bits",)
+
+    # What all of them do --------------------------------------------------------------------------------------------
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """Make the model a graph, and round in it; nothing of that where nothing can be rounded."""
+        if (idle := self.idle(study)) is not None:
+            yield from leave(idle)
+            return
+        yield from self.capture(study)
+        graph = study.model
+        assert isinstance(graph, ModelGraph)
+        study.notes += self.unmatched(graph)
+        yield from self.rounded(study, graph)
+
+    @abstractmethod
+    def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
+        """The edits that round, in a graph, and what else the technique does; each is made when this resumes."""
 
     # Parts that steps are made of -----------------------------------------------------------------------------------
 

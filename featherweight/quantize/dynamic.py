@@ -35,15 +35,8 @@ class Dynamic(Activations):
         """The target, in which only Linear layers find their ranges at every call."""
         return replace(super().runtime(), layers=("linear",), between=(), rounded_results=(), signed=False)
 
-    def edits(self, study: Study) -> Iterator[Edit]:
+    def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
         """Place, round."""
-        if (idle := self.idle(study)) is not None:
-            yield from leave(idle)
-            return
-        yield from self.capture(study)
-        graph = study.model
-        assert isinstance(graph, ModelGraph)
-        study.notes += self.unmatched(graph)
         placement = place(graph, self.runtime(), self.refused)
         left = {
             name: reason.replace("no integer kernel for", "no kernel that finds its range at every call for")

@@ -81,15 +81,8 @@ class QAT(Activations):
     def _widths(self) -> tuple[str, ...]:
         return ("bits", "activation_bits")
 
-    def edits(self, study: Study) -> Iterator[Edit]:
+    def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
         """Place and round as static quantization does, train, fold."""
-        if (idle := self.idle(study)) is not None:
-            yield from leave(idle)
-            return
-        yield from self.capture(study)
-        graph = study.model
-        assert isinstance(graph, ModelGraph)
-        study.notes += self.unmatched(graph)
         norms, norms_left = norms_of(graph)
         placement = place(graph, self.runtime(), self.refused, norms)
         observers = observe(study, placement, self.samples, self.ranges not in ("min-max", "average"))

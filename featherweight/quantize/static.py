@@ -63,15 +63,8 @@ class Static(Activations):
     def _widths(self) -> tuple[str, ...]:
         return ("bits", "activation_bits")
 
-    def edits(self, study: Study) -> Iterator[Edit]:
+    def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
         """Fold, place, watch, round."""
-        if (idle := self.idle(study)) is not None:
-            yield from leave(idle)
-            return
-        yield from self.capture(study)
-        graph = study.model
-        assert isinstance(graph, ModelGraph)
-        study.notes += self.unmatched(graph)
         able, norms_left = norms_of(graph)
         if able and self.fold:
             before = copy.deepcopy(graph)
