@@ -2,7 +2,8 @@
 
 Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015,
 arxiv.org/abs/1503.05671; Grosse & Martens, A Kronecker-factored approximate Fisher matrix for convolution layers,
-2016, arxiv.org/abs/1602.01407.
+2016, arxiv.org/abs/1602.01407. There positions' gradients are taken to be uncorrelated; where pooling or attention
+follows they add up, and a change of the weight matters many times more: how many is measured.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _WEIGHTS = {
     "answer_mean": "rows",
     "gradients": "gradient_rows",
     "positions": "samples",
+    "together": "probed",
+    "apart": "probed",
 }
 
 
@@ -40,6 +43,9 @@ _WEIGHTS = {
 # than 1 wherever a network is sure of its answers, and no worse elsewhere.
 TEMPERATURE = 2.0
 
+
+# Of the samples of a batch, so many are looked at for how the errors of their positions add up.
+PROBED = 0.25
 
 # Rows that a least-squares fit looks at, as a multiple of the input's width: with n times as many samples as unknowns
 # the fit's error is 1 + 1/n times the least.
@@ -65,8 +71,13 @@ class Statistics:
         answer_mean: E[a]: (groups, outputs / groups); None where nothing was changed.
         rows: how many x were seen.
         positions: output positions a sample, over all calls: tokens, pixels; 1 for a plain Linear that is called once.
+            With gradients, times how errors at them add up, so that ``½ tr(A ΔW G ΔWᵀ) · positions`` is what a change
+            of the weight does to the loss: 1 where they are uncorrelated, as many as there are where all are alike.
         gradient_rows: how many g were seen.
         samples: how many samples went through the network.
+        together: the mean over probed samples of ‖Σ g xᵀ‖², the sum over a sample's positions.
+        apart: the same of Σ ‖g xᵀ‖².
+        probed: how many samples these are of.
     """
 
     gram: Tensor
@@ -78,6 +89,9 @@ class Statistics:
     positions: float = 1.0
     gradient_rows: int = 0
     samples: int = 0
+    together: float = 0.0
+    apart: float = 0.0
+    probed: int = 0
 
     def centred(self) -> Statistics:
         """The same of x − E[x] and a − E[a]: what is left to fit once a bias takes care of the means."""
@@ -122,8 +136,9 @@ def gather(
     store = _Store(memory_limit)
     found: dict[str, Statistics] = {}
     places: Counter[str] = Counter()
-    samples = 0
+    samples = size = 0
     probes: list[tuple[str, Tensor]] = []
+    kept: dict[str, list[Tensor]] = {}
 
     def watch(name: str, layer: Layer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -142,6 +157,7 @@ def gather(
             # Adding a zero whose gradient is asked for leaves answers as they are and needs no parameter's gradient.
             probe = torch.zeros_like(output, requires_grad=True)
             probes.append((name, probe))
+            kept.setdefault(name, []).append(_first(layer, x.detach(), size).clone())
             return output + probe
 
         return hook
@@ -153,15 +169,26 @@ def gather(
             stack.callback(handle.remove)
         for inputs in my_share(track(batches, "watching what the data does")):
             probes.clear()
-            samples += inputs.batch_size
+            kept.clear()
+            size = inputs.batch_size
+            samples += size
             with torch.set_grad_enabled(gradients is not None):
                 outputs = inputs.into(model)
                 if gradients is not None and probes:
                     loss = gradients(outputs, generator)
                     grads = torch.autograd.grad(loss, [p for _, p in probes], allow_unused=True)
+                    reached: dict[str, list[Tensor | None]] = {}
                     for (name, _), grad in zip(probes, grads, strict=True):
+                        reached.setdefault(name, []).append(grad)
                         if grad is not None:
                             _add_gradients(found[name], layers[name], grad)
+                    for name, parts in reached.items():
+                        calls = [
+                            (x, _first(layers[name], g, size))
+                            for x, g in zip(kept[name], parts, strict=True)
+                            if g is not None
+                        ]
+                        _add_coherence(found[name], layers[name], calls, size)
     for name, statistics in found.items():
         statistics.positions, statistics.samples = places[name] / max(1, samples), samples
     found = _over_processes(found, samples, device_of(model))
@@ -172,6 +199,8 @@ def gather(
             raise TaskError(
                 f"the loss's gradient at {name!r} holds NaN or infinite values: look at the model's answers"
             )
+        if statistics.apart:
+            statistics.positions *= statistics.together / statistics.apart
     return found
 
 
@@ -387,6 +416,66 @@ def _add_gradients(statistics: Statistics, layer: Layer, grad: Tensor) -> None:
     statistics.gradients += share * (rows.T @ rows / len(rows) - statistics.gradients)
 
 
+def _first(layer: Layer, tensor: Tensor, samples: int) -> Tensor:
+    """What is looked at of a batch of so many samples, which lie along the first dimension, some in several parts."""
+    if tensor.ndim <= _kernel_axes(layer):  # a sample without a batch dimension
+        tensor = tensor[None]
+    parts = max(1, len(tensor) // max(1, samples))
+    return tensor[: parts * max(1, int(PROBED * samples))]
+
+
+def _add_coherence(statistics: Statistics, layer: Layer, calls: Sequence[tuple[Tensor, Tensor]], batch: int) -> None:
+    """Compare the gradient of the weight, sample by sample, with what it would be of positions that have no relation.
+
+    Args:
+        statistics: to add to.
+        layer: whose.
+        calls: what went in and the gradient at what came out, of the first samples of a batch.
+        batch: how many samples the whole batch has.
+    """
+    probed = max(1, int(PROBED * batch))
+    if not calls or any(len(x) % probed or not x.numel() for x, _ in calls):
+        return  # there are fewer than samples: they do not lie along the first dimension
+    together = apart = 0.0
+    for sample in range(probed):
+        parts = [(_part(x, sample, probed), _part(g, sample, probed)) for x, g in calls]
+        if isinstance(layer, nn.Linear):
+            x, g = (torch.cat([pair[i].reshape(-1, pair[i].shape[-1]) for pair in parts]).float() for i in (0, 1))
+            if len(x) * (x.shape[1] + g.shape[1]) < x.shape[1] * g.shape[1]:
+                together += float(((x @ x.T) * (g @ g.T)).sum())
+            else:
+                together += float((g.T @ x).square().sum())
+            apart += float(x.square().sum(1) @ g.square().sum(1))
+        else:
+            both = [_convolved(layer, x.float(), g.float()) for x, g in parts]
+            together += float(torch.stack([gradient for gradient, _ in both]).sum(0).square().sum())
+            apart += sum(float(alone) for _, alone in both)
+    statistics.probed += probed
+    share = probed / statistics.probed
+    statistics.together += share * (together / probed - statistics.together)
+    statistics.apart += share * (apart / probed - statistics.apart)
+
+
+def _part(tensor: Tensor, index: int, parts: int) -> Tensor:
+    size = len(tensor) // parts
+    return tensor[index * size : (index + 1) * size]
+
+
+def _convolved(layer: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of a convolution's weight, Σ g xᵀ over positions, and Σ ‖g‖² ‖x‖², over groups too."""
+    sides: list[int] = layer._reversed_padding_repeated_twice
+    if any(sides):
+        x = F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    dims = len(layer.kernel_size)
+    how = (layer.stride, [0] * dims, layer.dilation, False, [0] * dims, layer.groups)
+    gradient = torch.ops.aten.convolution_backward(
+        grad, x, layer.weight.detach().float(), None, *how, [False, True, False]
+    )[1]
+    ones = x.new_ones(layer.groups, layer.in_channels // layer.groups, *layer.kernel_size)
+    sizes = torch.ops.aten.convolution(x.square(), ones, None, *how)
+    return gradient, (grad.square().reshape(len(grad), layer.groups, -1, *grad.shape[2:]).sum(2) * sizes).sum()
+
+
 def _channels_last(layer: Layer, output: Tensor) -> Tensor:
     """A layer's outputs position by position: (samples · positions, outputs)."""
     last = output if isinstance(layer, nn.Linear) else output.movedim(-1 - len(layer.kernel_size), -1)
@@ -423,7 +512,8 @@ def _over_processes(found: dict[str, Statistics], samples: int, device: torch.de
         setattr(statistics, field, value.div_(weight.clamp_min(1)))
     for statistics in merged.values():
         statistics.positions = float(statistics.positions)
-        for field in ("rows", "gradient_rows", "samples"):
+        statistics.together, statistics.apart = float(statistics.together), float(statistics.apart)
+        for field in ("rows", "gradient_rows", "samples", "probed"):
             count = torch.tensor(getattr(statistics, field), device=device)
             world.all_reduce(count)
             setattr(statistics, field, int(count))

@@ -48,11 +48,31 @@ NEAR, FILES = 0.985, 10
 # data says nothing of is still needed.
 WIDEST = 4.0
 # Of the trade of error for bits, with data: see `RateDistortion.strength`.
-STRENGTH = 0.25
+STRENGTH = 1 / 16
+# The largest whole number of the widest grid.
+MOST = (1 << (WIDTHS[-1] - 1)) - 1
 # Rounds in which values are rounded under the model and the model learns from them.
 ROUNDS = 3
-# The steps of norms, of which no curvature is known, as a share of their size.
-NORM_STEP = 2.0**-7
+# Norms, of which no curvature is known, and biases without data: their step moves a channel by so much of the size of
+# all channels, as a share of the coarseness over the root of how many weights a channel has (at equal slopes a number
+# that moves a channel alone has a step smaller by that); and by so much at most.
+NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
+# Added to the curvature of outputs and of inputs, as shares of their means: what few samples say nothing of is not
+# free.
+OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
+# The largest whole number of the widest grid.
+MOST = (1 << (WIDTHS[-1] - 1)) - 1
+# Rounds in which values are rounded under the model and the model learns from them.
+ROUNDS = 3
+# Norms, of which no curvature is known, and biases without data: their step moves a channel by so much of the size of
+# all channels, as a share of the coarseness over the root of how many weights a channel has (at equal slopes a number
+# that moves a channel alone has a step smaller by that); and by so much at most.
+NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
+# Added to the curvature of outputs and of inputs, as shares of their means: what few samples say nothing of is not
+# free.
+OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
+# Bits that a row's own step takes to write.
+ROW_BITS = 4.0
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -72,8 +92,8 @@ class RateDistortion(Step):
         data_aware: weigh errors by the curvature of the loss; None for wherever there is calibration data.
         feedback: let weights make up for each other's errors, column by column, as GPTQ does; needs data.
         strength: how much a bit weighs against the error it saves, as a multiple of what equal slopes give at high
-            rates; 0 rounds to the nearest step. None is a quarter with data, best by measurement on pruned networks,
-            whose errors add up; and 0 without, where nothing says which zeros hurt.
+            rates; 0 rounds to the nearest step. None is a sixteenth with data, best by measurement on pruned networks:
+            errors that all point to zero add up; and 0 without, where nothing says which zeros hurt.
         fold: take the statistics of batch norms into their weights first, which leaves half of their numbers to write;
             answers in evaluation mode stay the same up to rounding. Leave it out for a model to be trained on.
         samples: how many calibration samples to look at.
@@ -120,8 +140,10 @@ class RateDistortion(Step):
         yield from (Leave(name, reason) for name, reason in bench.left.items())
         if not bench.layers:
             return
-        if self.fold and (folded := fold_batch_norms(study.model)):
-            study.notes.append(f"the statistics of {len(folded)} batch norms were taken into their weights")
+        if self.fold:
+            bench.folded = fold_batch_norms(study.model)
+        if bench.folded:
+            study.notes.append(f"the statistics of {len(bench.folded)} batch norms were taken into their weights")
         coarseness = self.coarseness if self.coarseness is not None else self._found(bench)
         made = bench.quantized(coarseness)
         study.notes.append(f"coarseness {coarseness:.4g}: {bench.described(made)}")
@@ -222,6 +244,8 @@ class _Bench:
     layers: dict[str, Layer] = field(default_factory=dict)
     matrices: dict[str, Matrix] = field(default_factory=dict)
     matters: dict[str, Tensor] = field(default_factory=dict)
+    settled: dict[str, Tensor] = field(default_factory=dict)
+    folded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     strength: float = 0.0
 
     def __post_init__(self) -> None:
@@ -249,6 +273,7 @@ class _Bench:
             found = matrix(layer.weight, getattr(layer, "groups", 1), seen.get(name), gone)
             self.matrices[name] = found
             self.matters[name] = curvature(found)
+            self.settled[name] = settled(found, self.matters[name]) if step.feedback else self.matters[name]
 
     # Choosing steps -------------------------------------------------------------------------------------------------
 
@@ -258,28 +283,39 @@ class _Bench:
         for name, of in self.matrices.items():
             kept = of.weight != 0
             sizes[name] = float(of.weight[kept].square().mean().sqrt())
-            wanted[name] = float(self.matters[name][kept].mean().clamp_min(1e-300).rsqrt())
+            wanted[name] = float(self.settled[name][kept].mean().clamp_min(1e-300).rsqrt())
             counts[name] = int(kept.sum())
         total = sum(counts.values())
         mean = sum(counts[name] * math.log(wanted[name] / sizes[name]) for name in wanted) / total
         unit = coarseness / math.exp(mean)
         return {name: min(unit * wanted[name], WIDEST * sizes[name]) for name in wanted}, unit
 
+    def share(self, coarseness: float) -> float:
+        """How far a step of a norm may move its channels, as a share of their size."""
+        kept = sum(int((of.weight != 0).sum()) for of in self.matrices.values())
+        channels = sum(norm.weight.numel() for _, norm in self.norms())
+        return min(NORM_SHARE * coarseness / math.sqrt(max(1.0, kept / max(1, channels))), WIDEST_NORM)
+
+    def norms(self) -> list[tuple[str, Any]]:
+        """The norms with weights that nothing confines."""
+        named = [(name, module) for name, module in self.study.model.named_modules() if isinstance(module, _NORMS)]
+        return [(n, m) for n, m in named if not hasattr(m, "parametrizations") and m.weight is not None]
+
     def quantized(self, coarseness: float) -> list[Constrain]:
         """The edits that confine everything to its steps, with the values."""
         steps, unit = self.steps(coarseness)
+        share = self.share(coarseness)
         made: list[Constrain] = []
         for name, layer in self.layers.items():
             of = self.matrices[name]
             numbers = rounded(of, self.matters[name], steps[name], self.strength * unit**2, self.step.feedback)
-            made += self._confined(name, layer, numbers, steps[name], of, unit)
-        for name, module in self.study.model.named_modules():
-            if isinstance(module, _NORMS) and not hasattr(module, "parametrizations"):
-                made += _norm(name, module)
+            made += self._confined(name, layer, numbers, steps[name], of, unit, share)
+        for name, norm in self.norms():
+            made += _norm(name, norm, self.folded.get(name), share)
         return made
 
     def _confined(
-        self, name: str, layer: Layer, numbers: Tensor, step: float, of: Matrix, unit: float
+        self, name: str, layer: Layer, numbers: Tensor, step: float, of: Matrix, unit: float, share: float
     ) -> Iterator[Constrain]:
         """A layer's edits: its mask tightened, its weight and its bias on their steps."""
         built = copy.deepcopy(layer)
@@ -293,7 +329,7 @@ class _Bench:
         if built.bias is not None and bool(built.bias.any()) and "bias" not in getattr(built, "parametrizations", {}):
             matters = of.positions * float(outputs_matter(of).mean()) if of.gradients is not None else 0.0
             size = float(built.bias.detach().double().square().mean().sqrt())
-            step = min(unit / math.sqrt(matters), size / 4) if matters else size * NORM_STEP
+            step = min(unit / math.sqrt(matters), size / 4) if matters else size * share
             yield Constrain(
                 name, _on_grid(built, "bias", (built.bias.detach().double() / step).round(), step), _state(built)
             )
@@ -347,11 +383,33 @@ def curvature(of: Matrix) -> Tensor:
     if of.gram is None:
         return torch.full_like(of.weight, 1 / max(float(of.weight.square().mean()), 1e-300))
     inputs = of.gram.diagonal(dim1=1, dim2=2)[:, None, :].clamp_min(0)
-    inputs = inputs + 1e-3 * inputs.mean()  # an input that the data never had may come yet
+    inputs = inputs + INPUTS_DAMPING * inputs.mean()  # an input that the data never had may come yet
     if of.gradients is None:
         return (inputs / max(float((of.weight @ of.gram * of.weight).sum()), 1e-300)).expand_as(of.weight)
     outputs = outputs_matter(of)
-    return of.positions * (outputs + 1e-3 * outputs.mean()) * inputs
+    return of.positions * (outputs + OUTPUTS_DAMPING * outputs.mean()) * inputs
+
+
+def settled(of: Matrix, matters: Tensor) -> Tensor:
+    """What is left of the curvature where later columns make up for an error as well as they can; the shape of matters.
+
+    Of an input's variance that is what those behind it do not tell (their conditional variance); damped, for of few
+    samples they tell all.
+    """
+    if of.gram is None:
+        return matters
+    inputs = of.gram.diagonal(dim1=1, dim2=2)[:, None, :].clamp_min(0)
+    return matters * conditional(of.gram, INPUTS_DAMPING) / (inputs + INPUTS_DAMPING * inputs.mean()).clamp_min(1e-300)
+
+
+def conditional(gram: Tensor, damping: float) -> Tensor:
+    """The variance of each input given those behind it in the order of `swept`: 1 / U_jj², (groups, 1, d)."""
+    columns = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
+    ordered = root(gram[:, columns][:, :, columns], damping)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(ordered), upper=True).double()
+    found = torch.empty(len(gram), 1, len(columns), dtype=torch.float64, device=gram.device)
+    found[..., columns] = factor.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None, :]
+    return found
 
 
 def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, feedback: bool) -> Tensor:
@@ -377,8 +435,7 @@ def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, fee
         return numbers
     price = Price.learned(numbers)
     # In a sweep a column's error counts for what the columns behind it cannot make up for.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(root(of.gram, SWEEP_DAMPING)), upper=True).to(of.weight)
-    alone = factor.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None, :]
+    alone = conditional(of.gram, SWEEP_DAMPING)
     inputs = of.gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     outputs = matters.mean(-1, keepdim=True) / inputs.clamp_min(1e-300)
 
@@ -388,7 +445,7 @@ def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, fee
             return whole.round() * step
         return cheapest(whole, (alone * outputs)[..., columns] * step**2, slope, price.at(columns)) * step
 
-    return (swept(of.weight, of.gram, nearest, of.held) / step).round()
+    return (swept(of.weight, of.gram, nearest, of.held, order=True) / step).round()
 
 
 @dataclass(frozen=True)
@@ -464,9 +521,8 @@ def _on_grid(layer: nn.Module, tensor: str, numbers: Tensor, step: float) -> Gri
     low, high = int(-numbers.min()), int(numbers.max())
     bits = next((bits for bits in WIDTHS if low <= 1 << (bits - 1) and high < 1 << (bits - 1)), None)
     if bits is None:  # wider than any grid: the step grows until the largest number fits
-        widest = (1 << (WIDTHS[-1] - 1)) - 1
-        factor = max(low, high) / widest
-        numbers, step, bits = (numbers / factor).round().clamp(-widest, widest), step * factor, WIDTHS[-1]
+        factor = max(low, high) / MOST
+        numbers, step, bits = (numbers / factor).round().clamp(-MOST, MOST), step * factor, WIDTHS[-1]
     grid = Grid(bits, axis=None, tensor=tensor)
     made = cast(Gridded, grid.put_on(layer))
     with torch.no_grad():
@@ -477,16 +533,37 @@ def _on_grid(layer: nn.Module, tensor: str, numbers: Tensor, step: float) -> Gri
     return grid
 
 
-def _norm(name: str, norm: nn.Module) -> Iterator[Constrain]:
-    """A norm's weight and bias on steps that are fine beside their size."""
+def _norm(name: str, norm: nn.Module, inputs: tuple[Tensor, Tensor] | None, share: float) -> Iterator[Constrain]:
+    """A norm's weight and bias on steps that move its channels little.
+
+    Args:
+        name: of the norm.
+        norm: as it is, left alone.
+        inputs: their mean and standard deviation, each (channels,); None where they are 0 and 1, having been made so.
+        share: how far a step may move a channel, as a share of the root mean square of how far channels move.
+    """
     built = copy.deepcopy(norm)
-    for tensor in ("weight", "bias"):
-        value = getattr(built, tensor, None)
-        if value is None or not bool(value.any()) or value.numel() < 2:
-            continue
-        step = float(value.detach().double().square().mean().sqrt()) * NORM_STEP
-        grid = _on_grid(built, tensor, (value.detach().double() / step).round(), step)
-        yield Constrain(name, grid, _state(built))
+    weight = cast(Tensor, built.weight).detach().double()
+    if weight.numel() < 2:
+        return
+    mean, spread = inputs if inputs is not None else (torch.zeros_like(weight), torch.ones_like(weight))
+    moved = (weight * spread).abs()
+    size = float(moved.square().mean().sqrt())
+    if not size:
+        return
+    # The weight of a channel that hardly moves is as large as its statistics are small, and nothing comes of it.
+    step = share * size / float(spread.square().mean().sqrt())
+    numbers = torch.where(moved < size * share / 4, 0.0, weight / step).round()
+    if float(numbers.abs().max()) > MOST:
+        return
+    yield Constrain(name, _on_grid(built, "weight", numbers, step), _state(built))
+    if getattr(built, "bias", None) is None or not bool(cast(Tensor, built.bias).any()):
+        return
+    # What the weight's rounding does to the mean of the outputs, the bias makes good.
+    bias = cast(Tensor, built.bias).detach().double() + mean * (weight - cast(Tensor, built.weight).detach().double())
+    step = share * size
+    if float((bias / step).abs().max()) <= MOST:
+        yield Constrain(name, _on_grid(built, "bias", (bias / step).round(), step), _state(built))
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -200,11 +200,12 @@ def test_all_calls_of_a_layer_count() -> None:
     torch.manual_seed(0)
     model, x = Twice(), randn(20, 4)
     layers: dict[str, Any] = {"shared": model.shared, "last": model.last}
-    found = gather(model, layers, [Inputs((x,))], gradients=classifier_loss(1))
+    found = gather(model, layers, [Inputs((x,))], gradients=watched)
     both = torch.cat([x, x.relu()])
     assert_near(found["shared"].gram, moments(rows_of(model.shared, both))[0])
     # the predicted loss is a sum over output positions: two calls are two of them
-    assert (found["shared"].positions, found["last"].positions) == (2, 1)
+    plain = gather(model, layers, [Inputs((x,))])
+    assert (plain["shared"].positions, plain["last"].positions) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +303,65 @@ def test_gradients_are_those_of_each_samples_loss_at_each_position() -> None:
         rows = torch.cat(parts)
         assert_near(found[name].gradients, rows.T @ rows / len(rows), 1e-6)
         assert found[name].gradient_rows == len(rows)
+
+
+def coherence(model: nn.Module, name: str, x: Tensor, seed: int = 0) -> float:
+    """‖Σ g xᵀ‖² over Σ ‖g xᵀ‖², g and x at a sample's positions, by autograd sample by sample."""
+    reference = copy.deepcopy(model).eval().double()
+    layer: Any = reference.get_submodule(name)
+    together = apart = 0.0
+    # The signs that the whole batch draws do not matter here: what is compared has one answer to watch.
+    for sample in x.double():
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            output.retain_grad()
+            seen.append(((args[0] if args else kwargs["input"]).detach(), output))  # noqa: B023
+
+        handle = layer.register_forward_hook(keep, with_kwargs=True)
+        reference.zero_grad()
+        watched(reference(sample[None])).backward()
+        handle.remove()
+        together += float(layer.weight.grad.square().sum())
+        for into, output in seen:
+            rows = rows_of(layer, into)  # (groups, positions, d)
+            assert output.grad is not None
+            g = output.grad.flatten(2)[0].T if output.ndim == 4 else output.grad.reshape(-1, output.shape[-1])
+            g = g.reshape(len(g), len(rows), -1).transpose(0, 1)
+            apart += float((g.square().sum(-1) * rows.square().sum(-1)).sum())
+    return together / apart
+
+
+def watched(outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A loss with the same gradient for every sample: a plain sum of squares."""
+    return outputs.double().square().sum()
+
+
+TIED = nn.Linear(7, 7)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, 2, padding="valid", padding_mode="circular"), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten()
+        ),
+        nn.Sequential(nn.Flatten(2), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 40), nn.Flatten()),
+        nn.Sequential(nn.Flatten(), nn.Linear(72, 7), nn.Tanh(), TIED, nn.Tanh(), TIED),
+    ],
+    ids=["pooled", "grouped", "tokens", "tied"],
+)
+def test_positions_count_as_often_as_their_gradients_add_up(network: nn.Module) -> None:
+    x = randn(8, 2, 6, 6) + 2  # what all positions share adds up
+    layers = weighted(network)
+    plain = gather(network, layers, [Inputs((x,))])
+    found = gather(network, layers, [Inputs((x,))], gradients=watched)
+    for name in layers:
+        expected = plain[name].positions * coherence(network, name, x[:2])
+        assert found[name].positions == pytest.approx(expected, rel=1e-3)
+    if isinstance(network[2], nn.AdaptiveAvgPool2d):
+        assert found["0"].positions > 3 * plain["0"].positions
 
 
 def test_a_classifiers_gradients_are_the_true_fisher() -> None:

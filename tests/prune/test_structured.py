@@ -651,7 +651,7 @@ def test_pruned_then_factorized():
     task = task_of(model, 64)
     compressed = fw.compress(model, prune.Channels(budget=half), factorize.SpatialSVD(budget=rest), task=task)
     first, second = compressed.ledger.steps
-    assert 0.59 * first.before.total.macs < first.after.total.macs <= 0.6 * first.before.total.macs
+    assert 0.57 * first.before.total.macs < first.after.total.macs <= 0.6 * first.before.total.macs
     assert second.before == first.after
     assert second.after.total.macs <= 0.4 * first.before.total.macs, "shares are of what the recipe was given"
     assert [type(edit) for edit in compressed.edits] == [Narrow, *[Replace] * (len(compressed.edits) - 1)]

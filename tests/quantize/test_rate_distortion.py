@@ -70,6 +70,33 @@ def test_batch_norms_are_folded_only_where_asked():
         assert difference < 0.05
 
 
+def test_norms_whose_statistics_are_far_apart_keep_their_answers():
+    """As in trained mobile networks: a few channels that hardly move have folded weights a thousand times the others'."""
+    model = make(Residual)
+    drawn = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in ("stem", "one", "two"):
+            layer = model.get_submodule(name)
+            layer.weight.mul_(10 ** torch.empty(layer.out_channels, 1, 1, 1).uniform_(-1, 1, generator=drawn))
+            layer.weight[0] *= 1e-5
+        for _ in range(200):
+            model.train()(Residual.data(64))
+    model.eval()
+    reference = model(Residual.data(32)).detach()
+    small = fw.compress(model, RateDistortion(coarseness=0.01), task=task_of(model)).model
+    assert (small(Residual.data(32)) - reference).norm() < 0.02 * reference.norm()
+
+
+def test_a_weight_wider_than_any_grid_is_left_as_it_is():
+    model = make(Residual)
+    norm = model.stem_norm
+    with torch.no_grad():
+        norm.running_var.fill_(1.0)
+        norm.running_var[0], norm.weight[0] = 1e-12, 1e3
+    small = fw.compress(model, RateDistortion(coarseness=0.002), task=task_of(model)).model
+    assert not hasattr(small.stem_norm, "parametrizations")
+
+
 def test_a_price_is_what_the_entropy_says():
     numbers = torch.zeros(1, 40, 50, dtype=torch.float64)
     numbers[0, :20, :25] = torch.randint(-2, 3, (20, 25), generator=torch.Generator().manual_seed(0)).double()
