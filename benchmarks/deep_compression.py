@@ -144,6 +144,7 @@ class Bench:
         begun = time.process_time()
         task = self.task(baselines.answers(self.network, self.train[0]), settings.augment)
         kept = DATA / "benchmarks" / f"{self.name.replace('/', '-').replace(', ', '-')}-pruned.fw"
+        before = "" if not kept.is_file() else ", pruned in an earlier run"
         if kept.is_file():
             pruned = fw.load(kept, into=self.network)
         else:
@@ -171,7 +172,13 @@ class Bench:
             size = whole.save(path, ledger=False)
             again = fw.load(path, into=self.settings.network())
             score = baselines.accuracy(again.model, self.test)  # of the network as it is read from the file
-        self.row("best", "+ uniform steps, arithmetic coding", size, score, f"{time.process_time() - begun:.0f} CPU s")
+        self.row(
+            "best",
+            "+ uniform steps, arithmetic coding",
+            size,
+            score,
+            f"{time.process_time() - begun:.0f} CPU s{before}",
+        )
 
 
 def main(names: list[str], threads: int, write: bool) -> None:

@@ -25,7 +25,7 @@ from featherweight.batch import sketch
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import swept
 from featherweight.curvature.solve import root
-from featherweight.curvature.sweeps import SWEEP_DAMPING, Matrix, matrix
+from featherweight.curvature.sweeps import Matrix, matrix
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import BudgetError
 from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer
@@ -60,6 +60,8 @@ NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
 # Added to the curvature of outputs and of inputs, as shares of their means: what few samples say nothing of is not
 # free.
 OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
+# The same of inputs in the sweep. Between what is best for few samples of wide layers and for many of narrow ones.
+FEEDBACK_DAMPING = 0.03
 # The largest whole number of the widest grid.
 MOST = (1 << (WIDTHS[-1] - 1)) - 1
 # Rounds in which values are rounded under the model and the model learns from them.
@@ -71,6 +73,8 @@ NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
 # Added to the curvature of outputs and of inputs, as shares of their means: what few samples say nothing of is not
 # free.
 OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
+# The same of inputs in the sweep. Between what is best for few samples of wide layers and for many of narrow ones.
+FEEDBACK_DAMPING = 0.03
 # Bits that a row's own step takes to write.
 ROW_BITS = 4.0
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -435,7 +439,7 @@ def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, fee
         return numbers
     price = Price.learned(numbers)
     # In a sweep a column's error counts for what the columns behind it cannot make up for.
-    alone = conditional(of.gram, SWEEP_DAMPING)
+    alone = conditional(of.gram, FEEDBACK_DAMPING)
     inputs = of.gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     outputs = matters.mean(-1, keepdim=True) / inputs.clamp_min(1e-300)
 
@@ -445,7 +449,7 @@ def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, fee
             return whole.round() * step
         return cheapest(whole, (alone * outputs)[..., columns] * step**2, slope, price.at(columns)) * step
 
-    return (swept(of.weight, of.gram, nearest, of.held, order=True) / step).round()
+    return (swept(of.weight, of.gram, nearest, of.held, order=True, damping=FEEDBACK_DAMPING) / step).round()
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_batch_norms_are_folded_only_where_asked():
 
 
 def test_norms_whose_statistics_are_far_apart_keep_their_answers():
-    """As in trained mobile networks: a few channels that hardly move have folded weights a thousand times the others'."""
+    """As in mobile networks: channels that hardly move have folded weights a thousand times those of the others."""
     model = make(Residual)
     drawn = torch.Generator().manual_seed(0)
     with torch.no_grad():
