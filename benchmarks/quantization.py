@@ -1,7 +1,8 @@
 """Whole numbers in ONNX Runtime and OpenVINO: how fast, how small, how true, beside NNCF and ONNX Runtime's quantizer.
 
-Networks laid out as ResNet-18 and MobileNetV2, random weights, 224×224, batch 1, one thread; then the demo network on
-Fashion-MNIST: static quantization at 8 bits, quantization-aware training at 4 and 2. Times are CPU milliseconds of one
+Networks laid out as ResNet-18 and MobileNetV2, random weights, 224×224, batch 1, one thread; the demo network on
+Fashion-MNIST: static quantization at 8 bits, quantization-aware training at 4 and 2; and EfficientNet-Lite0 (see
+photographs.py), weights of 8 and 4 bits. Times are CPU milliseconds of one
 thread, medians, every file in turn. The peers go into an environment of their own, for this script only:
 
     python -m venv peer
@@ -40,6 +41,7 @@ from featherweight.graph.verify import in_double
 from featherweight.machine import processor
 
 HERE = Path(__file__).resolve().parent
+NNCF_SAMPLES = 300  # its default
 
 
 def answers(model: nn.Module, images: Tensor, size: int = 1) -> Tensor:
@@ -83,7 +85,7 @@ def random_network(name: str, python: str | None, samples: int, repeats: int) ->
                 small.export("openvino", folder / "same.xml", dynamic_batch=False, tolerance=1.0)
                 made["Featherweight, the ONNX Runtime model in OpenVINO"] = (folder / "same.xml", taken, simulated)
         if python is not None:
-            made |= peers(folder, calibration, python)
+            made |= peers(folder, vision.images(NNCF_SAMPLES, seed=2), samples, python)
         models = {label: _opened(path) for label, (path, _, _) in made.items()}
         inputs = as_inputs(example)
         runs: dict[str, Callable[[], Any]] = {label: partial(inputs.into, model) for label, model in models.items()}
@@ -119,14 +121,14 @@ def random_network(name: str, python: str | None, samples: int, repeats: int) ->
     return rows
 
 
-def peers(folder: Path, images: Tensor, python: str) -> dict[str, tuple[Path, float, None]]:
-    """NNCF's and ONNX Runtime's own files of the same network, and what they took."""
+def peers(folder: Path, images: Tensor, samples: int, python: str) -> dict[str, tuple[Path, float, None]]:
+    """NNCF's file, with all of the images, and ONNX Runtime's, with so many samples of them, and what they took."""
     import json
 
     np.save(folder / "images.npy", images.numpy())
     reduce = "all" if processor().whole_products else "reduce"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [python, str(HERE / "quantization_peer.py"), str(folder), reduce]
+    command = [python, str(HERE / "quantization_peer.py"), str(folder), reduce, str(samples)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     seconds = json.loads((folder / "peer.json").read_text())
     return {
@@ -154,7 +156,7 @@ def fashion_network(epochs: float) -> list[str]:
         chosen = torch.utils.data.TensorDataset(train_images, train_labels)
         generator = torch.Generator().manual_seed(0)
         loader = torch.utils.data.DataLoader(chosen, 128, shuffle=True, generator=generator)
-        fw.fit(model, loader, epochs, loss or "cross_entropy", lr=0.01)
+        fw.fit(model, loader, epochs, loss or "cross_entropy", lr=0.01, mixed_precision=fashion.PRECISION)
 
     task = fw.Task(
         calibration[0][:1],
@@ -189,39 +191,109 @@ def fashion_network(epochs: float) -> list[str]:
     return [f"Before: {before:.2f} %.", "", *rows]
 
 
-def main(python: str | None, samples: int, repeats: int, epochs: float, parts: Sequence[str], write: bool) -> None:
+def photographed_network(python: str | None, images: int) -> list[str]:
+    """A row for every way of quantizing EfficientNet-Lite0: how often it agrees with float32, and how its file does."""
+    import photographs
+
+    network, test = photographs.load_network(), photographs.photographs(images, seed=100)
+    calibration = photographs.photographs(NNCF_SAMPLES, seed=0)
+    example, right = calibration[:1], answers(network, test, 16)
+    task = fw.Task(example, calibration=calibration.split(10))
+    rows = []
+
+    def row(label: str, given: Tensor, path: Path, seconds: float, simulated: Tensor | None = None) -> None:
+        same = "–"
+        if simulated is not None:
+            agree = 100 * float((given.argmax(1) == simulated.argmax(1)).double().mean())
+            same = f"{ratio(given, simulated):.1f} dB, {agree:.1f} %"
+        agree = 100 * float((given.argmax(1) == right.argmax(1)).double().mean())
+        stored = path.stat().st_size if path.suffix == ".onnx" else path.with_suffix(".bin").stat().st_size
+        cells = f"{agree:.1f} | {ratio(given, right):.1f} | {same} | {stored / 1e6:.2f} MB | {seconds:.0f}"
+        rows.append(f"| {label} | {cells} |")
+        print(rows[-1], flush=True)
+
+    static = quantize.Static()
+    ways: Sequence[tuple[str, Sequence[Any]]] = [
+        ("W8A8 static", (static,)),
+        ("W8A8 static, weights by GPTQ", (quantize.GPTQ(bits=8), static)),
+        ("W4A8 static", (quantize.Static(bits=4),)),
+        ("W4A8 static, weights by GPTQ", (quantize.GPTQ(bits=4), static)),
+        ("W4A8 static, weights by blocks (BRECQ)", (quantize.BRECQ(bits=4, steps=200, batch=16), static)),
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        export(network, as_inputs(example), "onnx", folder / "float.onnx", dynamic_batch=False)
+        if python is not None:
+            for label, (path, taken, _) in peers(folder, calibration, static.samples, python).items():
+                row(label, answers(_opened(path), test), path, taken)
+        for label, steps in ways:
+            begun = time.process_time()
+            small = fw.compress(network, *steps, task=task)
+            taken = time.process_time() - begun
+            path = folder / "ours.onnx"
+            small.export("onnx", path, dynamic_batch=False, tolerance=10.0)  # judged here
+            row(label, answers(_opened(path), test), path, taken, answers(small.model.eval(), test, 16))
+    return rows
+
+
+def main(
+    peer_python: str | None, samples: int, repeats: int, epochs: float, images: int, parts: Sequence[str], write: bool
+) -> None:
     """Print the tables."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    lines = [f"Processor: {processor()}. {samples} calibration samples, {repeats} timed calls.", ""]
+    lines: list[str] = []
     if "random" in parts:
         lines += [
+            f"## {HEADINGS['random']}, random weights",
+            "",
+            f"{processor()}. {samples} calibration samples, {NNCF_SAMPLES} for NNCF (defaults); {repeats} timed calls.",
+            "",
             "| network | file | ms | against float32 | on whole numbers | size | to float32, dB | to itself | CPU s |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for name in vision.NETWORKS:
-            lines += random_network(name, python, samples, repeats)
+            lines += random_network(name, peer_python, samples, repeats)
             print("\n".join(lines), flush=True)
     if "fashion" in parts:
         rows = fashion_network(epochs)
         lines += [
             "",
-            f"Demo network on Fashion-MNIST, 10,000 test images; {epochs:g} epochs where trained. {rows[0]}",
+            f"## {HEADINGS['fashion']} on Fashion-MNIST",
+            "",
+            f"10,000 test images; {epochs:g} epochs where trained. {rows[0]}",
             "",
             "| how | accuracy % | drop | in ONNX Runtime | same class | dB | file | CPU s |",
             "|---|---|---|---|---|---|---|---|",
             *rows[2:],
         ]
-    publish("quantization", __doc__ or "", lines, write)
+    if "efficientnet" in parts:
+        lines += [
+            "",
+            f"## {HEADINGS['efficientnet']}, trained on ImageNet",
+            "",
+            f"Agreement with float32 on {images} photographs, the files in their runtimes; calibrated on others.",
+            "",
+            "| how | same class % | to float32, dB | to its simulation | file | CPU s |",
+            "|---|---|---|---|---|---|",
+            *photographed_network(peer_python, images),
+        ]
+    publish("quantization", __doc__ or "", lines, write, parts=[HEADINGS[part] for part in parts])
 
+
+HEADINGS = {
+    "random": "ResNet-18 and MobileNetV2",
+    "fashion": "The demo network",
+    "efficientnet": "EfficientNet-Lite0",
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="an environment with nncf and onnxruntime")
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=quantize.Static().samples)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--parts", nargs="+", default=["random", "fashion"])
+    parser.add_argument("--images", type=int, default=1000, help="photographs to judge EfficientNet-Lite0 on")
+    parser.add_argument("--parts", nargs="+", choices=tuple(HEADINGS), default=tuple(HEADINGS))
     parser.add_argument("--write", action="store_true", help="also keep the tables in benchmarks/results")
-    options = parser.parse_args()
-    main(options.peer_python, options.samples, options.repeats, options.epochs, options.parts, options.write)
+    main(**vars(parser.parse_args()))

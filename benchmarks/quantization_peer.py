@@ -53,10 +53,10 @@ def onnxruntime_file(source: Path, images: np.ndarray, out: Path, reduce_range: 
 
 
 if __name__ == "__main__":
-    folder, reduce = Path(sys.argv[1]), sys.argv[2] == "reduce"
+    folder, reduce, samples = Path(sys.argv[1]), sys.argv[2] == "reduce", int(sys.argv[3])
     seen = np.load(folder / "images.npy")
     seconds = {
-        "onnxruntime": onnxruntime_file(folder / "float.onnx", seen, folder / "peer.onnx", reduce),
+        "onnxruntime": onnxruntime_file(folder / "float.onnx", seen[:samples], folder / "peer.onnx", reduce),
         "nncf": nncf_files(folder / "float.onnx", seen, folder / "peer.xml"),
     }
     (folder / "peer.json").write_text(json.dumps(seconds))

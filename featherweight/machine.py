@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def processor() -> Processor:
     flags = set(said.get("flags", "").split())
     known = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "avx512_bf16")
     return Processor(said.get("model name", platform.machine()), tuple(name for name in known if name in flags))
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process could still take; 4 GiB where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 4 << 30
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # a container's own limit; "max" where it has none
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        free = min(free, int((group / "memory.max").read_text(encoding="utf-8")) - used)
+    return max(free, 0)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from featherweight.batch import Inputs, mode
+from featherweight.machine import free_memory
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,12 @@ class Waiting:
                 vars(layer)["forward"] = held
 
 
+def _free(batches: Sequence[Inputs]) -> int:
+    """Bytes of memory that are free where the batches are."""
+    device = next((tensor.device for inputs in batches for tensor in inputs.tensors()), torch.device("cpu"))
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+
 class Lockstep:
     """An original network and a changed one on the same batches, both of which wait at the same layer."""
 
@@ -156,18 +163,20 @@ class Lockstep:
         batches: Iterable[Inputs],
         *,
         sample_bytes: float = 0.0,
-        memory_limit: int = 2 << 30,
+        memory_limit: int | None = None,
     ) -> None:
         """Args:
         original: the network before the changes.
         changed: the same network, changed as it goes.
         batches: their inputs, on their device.
         sample_bytes: the most bytes of activations that a run holds at once, for each of its samples.
-        memory_limit: bytes of activations that runs may hold while they wait; those beyond are started anew.
+        memory_limit: bytes of activations that runs may hold while they wait; those beyond are started anew for
+            every layer. None for half of the memory that is free.
         """
         given = list(batches)
         largest = max((inputs.batch_size for inputs in given), default=1)
-        limit = int(memory_limit // max(1.0, 2 * sample_bytes * largest))
+        room = _free(given) // 2 if memory_limit is None else memory_limit
+        limit = int(room // max(1.0, 2 * sample_bytes * largest))
         self.samples = sum(inputs.batch_size for inputs in given)
         self._original = Waiting(original, given, through=True, limit=limit)
         self._changed = Waiting(changed, given, through=False, limit=limit)

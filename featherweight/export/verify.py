@@ -32,6 +32,9 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, tor
 # later layers carry on: such a file is judged by the energy of what it is off, and not by its worst number.
 LEAST_DB = 20.0
 MOST_DB = 200.0  # of answers that are equal
+HINTS = {
+    "openvino": "; it sums convolutions' results without rounding them first: make the model with target='openvino'"
+}
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ def check(
             if not db >= LEAST_DB:
                 raise ExportError(
                     f"{path.name} does not answer as {type(model).__name__} on {inputs}: the signal-to-noise ratio is "
-                    f"{db:.1f} dB, where {LEAST_DB:g} dB are asked for"
+                    f"{db:.1f} dB, where {LEAST_DB:g} dB are asked for{HINTS.get(format, '')}"
                 )
         elif not found <= allowed:
             raise ExportError(

@@ -47,7 +47,10 @@ def weight_of(node: fx.Node) -> str | None:
 
 
 def put_on_edges(
-    graph: ModelGraph, edges: Mapping[str, Sequence[str] | None], make: Callable[[str], nn.Module]
+    graph: ModelGraph,
+    edges: Mapping[str, Sequence[str] | None],
+    make: Callable[[str], nn.Module],
+    room: str = ROOM,
 ) -> None:
     """Put a module behind values, in place: those who read a value read what the module makes of it.
 
@@ -55,6 +58,7 @@ def put_on_edges(
         graph: the model.
         edges: by the value's name, the names of what reads the module's answer; None for all that read the value.
         make: gives the module for a value's name.
+        room: name of the submodule that holds the modules.
     Raises:
         GraphError: there is no value of such a name, or it is not read by what is named, or has a module already.
     """
@@ -67,7 +71,7 @@ def put_on_edges(
         reading = list(node.users) if readers is None else [u for u in node.users if names.get(u) in set(readers)]
         if readers is not None and (lost := sorted(set(readers) - {names.get(u) for u in reading})):
             raise GraphError(f"{value} is not read by {', '.join(lost)}")
-        target = f"{ROOM}.{value}"
+        target = f"{room}.{value}"
         if any(n.op == "call_module" and n.target == target for n in node.users):
             raise GraphError(f"{value} is quantized already")
         register(graph, target, make(value).train(graph.training))

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from featherweight.batch import mode, sketch, tensors_in
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
 from featherweight.errors import EditError
-from featherweight.forms import Grid, Rounding, constraints_on
+from featherweight.forms import Grid, Rounded, Rounding, constraints_on
 from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max
-from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names
+from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names, weight_of
+from featherweight.graph.rules import operation_of
+from featherweight.graph.rules.call import arguments
+from featherweight.graph.trace import attribute
 from featherweight.layers import PerLayer, for_layer, layer_names, matches, unmatched
 from featherweight.ledger import Choice, Point
 from featherweight.machine import processor
@@ -28,6 +31,9 @@ from featherweight.quantize.targets import TARGETS, Target
 from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task
+
+# Samples that biases are corrected on: the means of two networks on the same samples differ by little else.
+CORRECTED = 16
 
 
 @dataclass(frozen=True)
@@ -211,8 +217,80 @@ def observe(study: Study, placement: Placement, samples: int, histogram: bool) -
     if not study.task.has_calibration:
         study.notes.append("the ranges are those of the example: give calibration data")
     elif total < 32:
-        study.notes.append(f"the ranges are those of {total} sample{'s' if total > 1 else ''}: give about 200")
+        study.notes.append(f"the ranges are those of {total} sample{'s' if total > 1 else ''}: give about 100")
     return {name: module.seen for name, module in watching.items()}
+
+
+class Tap(nn.Module):
+    """Keeps the means of a layer's outputs, and moves its bias to where they are right.
+
+    Args:
+        bias: of the layer, (outputs,).
+        axis: of the outputs, counted from the last.
+        right: the means that the outputs should have, (outputs,); None where they are only kept.
+    """
+
+    def __init__(self, bias: Tensor, axis: int, right: Tensor | None) -> None:
+        super().__init__()
+        self.bias, self.axis, self.right = bias, axis, right
+        self.means, self.batches = torch.zeros_like(bias), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape → the same, moved as the bias is."""
+        self.batches += 1
+        axis = x.ndim + self.axis
+        found = x.mean([d for d in range(x.ndim) if d != axis])
+        self.means += (found - self.means) / self.batches
+        if self.right is None:
+            return x
+        # The layers before it move too, at first by much: every batch corrects what it still finds, by its share.
+        off = (self.right - found) / self.batches
+        self.bias += off
+        return x + off.view([-1 if d == axis else 1 for d in range(x.ndim)])
+
+
+def output_means(study: Study, placement: Placement, right: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The means of the outputs of integer layers with a bias, by the values' names, on the first calibration samples.
+
+    Args:
+        study: of the graph.
+        placement: which layers.
+        right: the means that they should have; biases are then moved, in place and in calling order, so that they have
+            (Nagel et al., 2019, section 4.2, with data). None leaves the graph as it is.
+    """
+    graph = copy.deepcopy(study.model)
+    assert isinstance(graph, ModelGraph)
+    held = _biases(graph, placement)
+    taps = {
+        name: Tap(attribute(graph, bias).detach().clone(), axis, None if right is None else right[name])
+        for name, (bias, axis) in held.items()
+    }
+    put_on_edges(graph, dict.fromkeys(taps), taps.__getitem__, room="taps")
+    with torch.no_grad(), mode(graph, training=False):
+        for inputs in track(study.task.batches(graph, CORRECTED), "correcting biases" if right else "taking means"):
+            inputs.into(graph)
+    if right is not None:
+        for name, (bias, _) in held.items():
+            attribute(study.model, bias).data.copy_(taps[name].bias)
+    return {name: tap.means for name, tap in taps.items()}
+
+
+def _biases(graph: ModelGraph, placement: Placement) -> dict[str, tuple[str, int]]:
+    """Integer layers' biases, those that only one layer reads, by the names of what the layers give.
+
+    Returns:
+        The name of each, and the axis of the layer's outputs, counted from the last.
+    """
+    held = {}
+    for node, name in value_names(graph).items():
+        bias = arguments(node).get("bias") if weight_of(node) in placement.weights else None
+        if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) != 1:
+            continue
+        path, _, leaf = str(bias.target).rpartition(".")
+        if leaf not in getattr(graph.get_submodule(path), "parametrizations", {}):
+            operation = operation_of(node)
+            held[name] = (str(bias.target), -1 if operation == "linear" else -1 - int(operation[-2]))
+    return held
 
 
 def seen_edges(placement: Placement, observers: Mapping[str, Observer]) -> tuple[dict[str, Edge], dict[str, str]]:
@@ -248,9 +326,6 @@ def quantized(
 
 def scales_read(graph: ModelGraph, placement: Placement) -> dict[str, Tensor]:
     """The scale of what reaches each layer rounded, by the name of the layer's weight."""
-    from featherweight.forms import Rounded
-    from featherweight.graph import weight_of
-
     found: dict[str, Tensor] = {}
     for node in graph.graph.nodes:
         weight = weight_of(node) if node.op == "call_function" else None
@@ -264,6 +339,21 @@ def scales_read(graph: ModelGraph, placement: Placement) -> dict[str, Tensor]:
             if isinstance(module, Rounded) and not module.form.dynamic:
                 found[str(weight)] = module.scale.detach()
     return found
+
+
+def round_biases(graph: ModelGraph, placement: Placement) -> None:
+    """Round biases in place, as kernels have them: whole numbers of 32 bits in steps of the two scales' product."""
+    scales = scales_read(graph, placement)
+    for name, scale in scales.items():
+        path, _, leaf = name.rpartition(".")
+        holder = graph.get_submodule(path)
+        grid = next((c for c in reversed(constraints_on(holder, leaf)) if isinstance(c, Gridded)), None)
+        bias = getattr(holder, "bias", None)
+        if grid is None or grid.form.bits > 8 or not isinstance(bias, Tensor):
+            continue
+        step = (scale.detach().to(grid.scale) * grid.scale.detach()).flatten()
+        if step.numel() in (1, bias.numel()):
+            bias.data.copy_((bias.detach().double() / step.double()).round() * step.double())
 
 
 def check_folded(study: Study, before: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from featherweight.forms.grid import Grid, between, whole
 
 HALF = 2048  # bins on either side of zero
-ENOUGH = 1 << 18  # values of a batch that are counted; the least and the greatest are of all of them
+ENOUGH = 1 << 17  # values of a batch that are counted; the least and the greatest are of all of them
 
 
 @dataclass

@@ -16,7 +16,7 @@ from featherweight.graph import ModelGraph, value_names, weight_of
 from featherweight.graph.rules import operation_of
 from featherweight.graph.rules.call import arguments, read_by
 from featherweight.graph.trace import module_of
-from featherweight.quantize.targets import CLIPS, Target
+from featherweight.quantize.targets import CLIPS, CONVOLUTIONS, Target
 
 # Operations that move numbers about, or choose among them, and make no new ones.
 MOVING = frozenset((
@@ -102,7 +102,8 @@ class _Placing:
         whole = self.layers | self.between
         edges: dict[fx.Node, Edge] = {}
         for node in (n for n in self.names if n in whole):
-            for operand in _operands(node):
+            kept = self._summed_with(node)
+            for operand in (x for x in _operands(node) if x is not kept):
                 self._round(operand, node, edges)
         for node in (n for n in self.names if n in whole and operation_of(n) in self.target.rounded_results):
             last = self._behind_fused(node)
@@ -184,6 +185,18 @@ class _Placing:
         while self._is_fused(node) and isinstance(before := node.args[0], fx.Node) and len(before.users) == 1:
             node = before
         return node
+
+    def _summed_with(self, node: fx.Node) -> fx.Node | None:
+        """Of a sum's operands the one whose convolution computes the sum too: the first that can."""
+        if not self.target.sums or operation_of(node) != "add":
+            return None
+        for operand in _operands(node):
+            made = operand
+            while made in self.norms and isinstance(before := made.args[0], fx.Node) and len(made.users) == 1:
+                made = before
+            if made in self.layers and operation_of(made) in CONVOLUTIONS and len(made.users) == 1:
+                return operand
+        return None
 
     def _is_fused(self, node: fx.Node) -> bool:
         return node in self.norms or (operation_of_any(node) in self.target.fused and not _odd(node))

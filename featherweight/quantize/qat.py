@@ -32,6 +32,7 @@ from featherweight.quantize.activations import (
     norms_of,
     observe,
     quantized,
+    round_biases,
     scales_read,
     seen_edges,
 )
@@ -64,7 +65,7 @@ class QAT(Activations):
     temperature: float = 1.0
     ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
     weight_ranges: Literal["mse", "min-max"] = "mse"
-    samples: int = 200
+    samples: int = 100
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
@@ -93,6 +94,7 @@ class QAT(Activations):
         self._train(study, graph)
         if norms:
             yield Fold(tuple(norms))
+        round_biases(graph, placement)
 
     def _train(self, study: Study, graph: ModelGraph) -> None:
         roundings = [m for m in graph.modules() if isinstance(m, Rounded) and not m.form.dynamic]

@@ -62,21 +62,7 @@ NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
 OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
 # The same of inputs in the sweep. Between what is best for few samples of wide layers and for many of narrow ones.
 FEEDBACK_DAMPING = 0.03
-# The largest whole number of the widest grid.
-MOST = (1 << (WIDTHS[-1] - 1)) - 1
-# Rounds in which values are rounded under the model and the model learns from them.
-ROUNDS = 3
-# Norms, of which no curvature is known, and biases without data: their step moves a channel by so much of the size of
-# all channels, as a share of the coarseness over the root of how many weights a channel has (at equal slopes a number
-# that moves a channel alone has a step smaller by that); and by so much at most.
-NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
-# Added to the curvature of outputs and of inputs, as shares of their means: what few samples say nothing of is not
-# free.
-OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
-# The same of inputs in the sweep. Between what is best for few samples of wide layers and for many of narrow ones.
-FEEDBACK_DAMPING = 0.03
-# Bits that a row's own step takes to write.
-ROW_BITS = 4.0
+FAR_APART = "its numbers lie too far apart for one step of 16 bits, and stay as they are"
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -305,11 +291,11 @@ class _Bench:
         named = [(name, module) for name, module in self.study.model.named_modules() if isinstance(module, _NORMS)]
         return [(n, m) for n, m in named if not hasattr(m, "parametrizations") and m.weight is not None]
 
-    def quantized(self, coarseness: float) -> list[Constrain]:
+    def quantized(self, coarseness: float) -> list[Constrain | Leave]:
         """The edits that confine everything to its steps, with the values."""
         steps, unit = self.steps(coarseness)
         share = self.share(coarseness)
-        made: list[Constrain] = []
+        made: list[Constrain | Leave] = []
         for name, layer in self.layers.items():
             of = self.matrices[name]
             numbers = rounded(of, self.matters[name], steps[name], self.strength * unit**2, self.step.feedback)
@@ -340,7 +326,7 @@ class _Bench:
 
     # Trials ---------------------------------------------------------------------------------------------------------
 
-    def trial(self, coarseness: float) -> tuple[nn.Module, list[Constrain]]:
+    def trial(self, coarseness: float) -> tuple[nn.Module, list[Constrain | Leave]]:
         """A copy of the model at a coarseness, and its edits."""
         model, made = copy.deepcopy(self.study.model), self.quantized(coarseness)
         for edit in made:
@@ -537,7 +523,9 @@ def _on_grid(layer: nn.Module, tensor: str, numbers: Tensor, step: float) -> Gri
     return grid
 
 
-def _norm(name: str, norm: nn.Module, inputs: tuple[Tensor, Tensor] | None, share: float) -> Iterator[Constrain]:
+def _norm(
+    name: str, norm: nn.Module, inputs: tuple[Tensor, Tensor] | None, share: float
+) -> Iterator[Constrain | Leave]:
     """A norm's weight and bias on steps that move its channels little.
 
     Args:
@@ -549,16 +537,19 @@ def _norm(name: str, norm: nn.Module, inputs: tuple[Tensor, Tensor] | None, shar
     built = copy.deepcopy(norm)
     weight = cast(Tensor, built.weight).detach().double()
     if weight.numel() < 2:
+        yield Leave(name, "it has one number, which is written as it is")
         return
     mean, spread = inputs if inputs is not None else (torch.zeros_like(weight), torch.ones_like(weight))
     moved = (weight * spread).abs()
     size = float(moved.square().mean().sqrt())
     if not size:
+        yield Leave(name, "all of its weights are zero")
         return
     # The weight of a channel that hardly moves is as large as its statistics are small, and nothing comes of it.
     step = share * size / float(spread.square().mean().sqrt())
     numbers = torch.where(moved < size * share / 4, 0.0, weight / step).round()
     if float(numbers.abs().max()) > MOST:
+        yield Leave(name, FAR_APART)
         return
     yield Constrain(name, _on_grid(built, "weight", numbers, step), _state(built))
     if getattr(built, "bias", None) is None or not bool(cast(Tensor, built.bias).any()):
@@ -566,8 +557,10 @@ def _norm(name: str, norm: nn.Module, inputs: tuple[Tensor, Tensor] | None, shar
     # What the weight's rounding does to the mean of the outputs, the bias makes good.
     bias = cast(Tensor, built.bias).detach().double() + mean * (weight - cast(Tensor, built.weight).detach().double())
     step = share * size
-    if float((bias / step).abs().max()) <= MOST:
-        yield Constrain(name, _on_grid(built, "bias", (bias / step).round(), step), _state(built))
+    if float((bias / step).abs().max()) > MOST:
+        yield Leave(name, f"its bias: {FAR_APART}")
+        return
+    yield Constrain(name, _on_grid(built, "bias", (bias / step).round(), step), _state(built))
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""Static quantization: ranges of activations are found on a few hundred samples, and stay.
+"""Static quantization: ranges of activations are found on a hundred samples or so, and stay.
 
 Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, 2018,
 arxiv.org/abs/1712.05877; Nagel et al., A white paper on neural network quantization, 2021, arxiv.org/abs/2106.08295,
-whose post-training pipeline this follows: fold batch norms, add quantizers, set the ranges of weights and activations.
+whose post-training pipeline this follows: fold batch norms, add quantizers, set the ranges of weights and activations,
+correct biases.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from featherweight.quantize.activations import (
     leave,
     norms_of,
     observe,
+    output_means,
     quantized,
+    round_biases,
     scales_read,
     seen_edges,
 )
@@ -36,14 +39,17 @@ from featherweight.task import Task
 class Static(Activations):
     """Round weights and activations to whole numbers, with ranges found on calibration data; nothing is trained.
 
-    The model is kept as its graph from then on. Below 8 bits, and at 16, whole numbers are simulated: an exported file
-    answers as the model does, and its runtime computes in float32.
+    The model is kept as its graph from then on. Weights of fewer bits than 8 take so many in an exported file, and are
+    widened to 8 by the runtime; activations of other widths than 8 are computed with in float32 by ONNX Runtime, and
+    those of 16 by OpenVINO too. Biases are rounded as integer kernels have them, in steps of the two scales' product.
 
     Attributes:
         activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names.
         ranges: of activations: ``"mse"`` (least squared error), ``"min-max"``, ``"average"`` (a running average of
             batches), ``"percentile"`` (99.99 % of the values) or ``"entropy"`` (least divergence).
         weight_ranges: ``"mse"`` or ``"min-max"``.
+        correct_biases: whether biases take up what rounding does to the means of layers' outputs, where there is
+            calibration data.
         samples: how many calibration samples to look at.
         fold: whether batch norms are folded into the layers in front of them first.
     """
@@ -51,7 +57,8 @@ class Static(Activations):
     activation_bits: PerLayer[int] = 8
     ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
     weight_ranges: Literal["mse", "min-max"] = "mse"
-    samples: int = 200
+    correct_biases: bool = True
+    samples: int = 100
     fold: bool = True
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
@@ -74,5 +81,10 @@ class Static(Activations):
         observers = observe(study, placement, self.samples, self.ranges not in ("min-max", "average"))
         edges, unseen = seen_edges(placement, observers)
         yield from leave({**self.reasons(study, placement), **norms_left, **unseen})
+        corrects = self.correct_biases and study.task.has_calibration
+        means = output_means(study, placement) if corrects else {}
         yield quantized(self, edges, observers, self.activation_bits, self.ranges)
         yield from self.weights(study, placement, self.weight_ranges, scales_read(graph, placement))
+        if means:
+            output_means(study, placement, means)
+        round_biases(graph, placement)

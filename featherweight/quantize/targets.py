@@ -30,6 +30,8 @@ class Target:
             them is such; they are worth no rounding of their own.
         fused: operations it computes as a part of the layer in front of them, so that rounding comes behind both.
         rounded_results: operations that it computes on whole numbers only where their result is rounded too.
+        sums: whether it computes a sum as a part of one of the convolutions that are summed, whose result is then never
+            rounded.
         signed: whether activations are signed; otherwise unsigned with a zero point.
         signed_products: whether the second operand of a product of two activations is signed and symmetric.
         per_channel: whether a weight has a scale for every output.
@@ -43,6 +45,7 @@ class Target:
     between: tuple[str, ...]
     fused: tuple[str, ...]
     rounded_results: tuple[str, ...] = ()
+    sums: bool = False
     signed: bool = False
     signed_products: bool = False
     per_channel: bool = True
@@ -63,6 +66,7 @@ OPENVINO = Target(
     layers=(*CONVOLUTIONS, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", *PRODUCTS),
     between=("add", "mul", "cat", "mean", *POOLS),
     fused=(*CLIPS, "sigmoid", "silu", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "tanh", "elu", "mish"),
+    sums=True,
     signed_products=True,
     saturates=True,
 )
