@@ -33,6 +33,7 @@ import featherweight as fw
 from featherweight import quantize
 from featherweight.batch import as_inputs
 from featherweight.cost.latency import measure
+from featherweight.export.compiled import compiled as compile_model
 from featherweight.export.fused import in_onnxruntime, in_openvino
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
@@ -82,6 +83,10 @@ def random_network(name: str, python: str | None, samples: int, repeats: int) ->
             itself = f"{ratio(simulated[:8], double):.1f} dB to itself in float64"
             made[f"Featherweight, {'ONNX Runtime' if ending == 'onnx' else 'OpenVINO'}"] = (path, taken, simulated)
             if target == "onnxruntime-x86":
+                compiled = {
+                    "float32, torch.compile": compile_model(network, as_inputs(example)),
+                    "Featherweight, torch.compile": small.compiled(),
+                }
                 small.export("openvino", folder / "same.xml", dynamic_batch=False, tolerance=1.0)
                 made["Featherweight, the ONNX Runtime model in OpenVINO"] = (folder / "same.xml", taken, simulated)
         if python is not None:
@@ -89,6 +94,7 @@ def random_network(name: str, python: str | None, samples: int, repeats: int) ->
         models = {label: _opened(path) for label, (path, _, _) in made.items()}
         inputs = as_inputs(example)
         runs: dict[str, Callable[[], Any]] = {label: partial(inputs.into, model) for label, model in models.items()}
+        runs |= {label: partial(inputs.into, model) for label, model in compiled.items()}
         if processor().bf16:
             bf16 = OpenVINOModel(folder / "float.xml", precision="bf16")
             runs["bfloat16, OpenVINO"] = partial(inputs.into, bf16)
@@ -115,6 +121,11 @@ def random_network(name: str, python: str | None, samples: int, repeats: int) ->
                 f"{seconds:.0f}" if seconds else "–",
             ]
             rows.append(f"| {name} | {' | '.join(cells)} |")
+        for label, model in compiled.items():
+            faster = taken_ms["float32, torch.compile"] / taken_ms[label]
+            decibels_off = f"{ratio(answers(model, fresh), right):.1f}" if label.startswith("F") else "–"
+            shown = f"{faster:.2f}×" if label.startswith("F") else "1"
+            rows.append(f"| {name} | {label} | {taken_ms[label]:.1f} | {shown} | – | – | {decibels_off} | – | – |")
         rows.append(f"| {name} | the simulation | | | | | | {itself} | |")
         if "bfloat16, OpenVINO" in taken_ms:
             rows.append(f"| {name} | bfloat16, OpenVINO | {taken_ms['bfloat16, OpenVINO']:.1f} | | | | | | |")

@@ -26,6 +26,7 @@ def nncf_files(source: Path, images: np.ndarray, out: Path) -> float:
 
 def onnxruntime_file(source: Path, images: np.ndarray, out: Path, reduce_range: bool) -> float:
     """An ONNX file by ONNX Runtime's quantizer, set as its documentation says for x86; returns CPU seconds."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -35,8 +36,9 @@ def onnxruntime_file(source: Path, images: np.ndarray, out: Path, reduce_range: 
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(self.left, None)
-            return None if image is None else {"x": image[None]}
+            return None if image is None else {name: image[None]}
 
+    name = onnx.load(str(source)).graph.input[0].name
     begun = time.process_time()
     prepared = out.with_suffix(".prepared.onnx")
     quant_pre_process(str(source), str(prepared))

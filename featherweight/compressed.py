@@ -21,6 +21,7 @@ from featherweight.cost.latency import measure, torch_run
 from featherweight.edits import Edit
 from featherweight.errors import ExportError
 from featherweight.export import export as export_file
+from featherweight.export.compiled import CompiledModel, compiled
 from featherweight.export.executorch import ExecuTorchModel
 from featherweight.export.onnx import session
 from featherweight.export.verify import opened, runs
@@ -121,6 +122,14 @@ class Compressed:
             )
         self._add(checks=(*self.ledger.checks, check))
         return check
+
+    def compiled(self) -> CompiledModel:
+        """The model compiled by torch.compile for inputs of the example's shapes, its whole numbers multiplied as such.
+
+        Raises:
+            ExportError: it cannot be compiled here, or answers otherwise when it is.
+        """
+        return compiled(self.model, self.example)
 
     def verify(
         self,

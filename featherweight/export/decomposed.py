@@ -1,15 +1,17 @@
-"""Whole numbers in a captured program, as XNNPACK looks for them: values that pass from float to int8 and back.
+"""Whole numbers in a captured program, as XNNPACK and torch.compile look for them: values that go to int8 and back.
 
 A layer between values that do is computed on the whole numbers themselves. Which neighbourhoods count as that is read
 off ExecuTorch's partitioner, ``executorch/backends/xnnpack/partition/config`` in release 1.5: a layer's input and
 weight have come back from int8, its result, behind at most one ReLU or clip, goes to int8 and nowhere else. What only
-moves numbers has to leave their steps as they are.
+moves numbers has to leave their steps as they are. PyTorch's own patterns, ``torch/_inductor/fx_passes/quantization``,
+want inputs of unsigned numbers, and leave it open what becomes of results.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -21,11 +23,12 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from featherweight.export.quantized import DOMAIN, Activation, Marks, Weight
+from featherweight.forms import Grid
 from featherweight.graph.rules.call import arguments, operation_of
 from featherweight.quantize.placement import moves, operation_of_any
 from featherweight.quantize.targets import EXECUTORCH
 
-LOW, HIGH = -128, 127  # of int8
+LOW, HIGH = -128, 127  # of the weights' int8
 INSIDE = ("relu", "relu6", "hardtanh")  # what the partitioner takes into a layer
 GREATEST = torch.finfo(torch.float32).max
 LEAST_STEP = 1e-7  # of ranges found at every call, for what is all zeros
@@ -33,20 +36,56 @@ LEAST_STEP = 1e-7  # of ranges found at every call, for what is all zeros
 Step = tuple[float, int]  # scale and zero point
 
 
-def rewritten(program: ExportedProgram, marks: Marks) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """A program of the same answers, in which XNNPACK finds all that it can compute.
+@dataclass(frozen=True)
+class Finder:
+    """What looks for whole numbers in a program.
 
-    Marks become int8 values, and means over all positions keep their dimensions, which XNNPACK's pool does.
+    Attributes:
+        name: of it.
+        layers: that it multiplies whole numbers in.
+        type: of the activations.
+        results: whether a layer's result has to be rounded too.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    type: torch.dtype
+    results: bool
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The least and the greatest activation."""
+        info = torch.iinfo(self.type)
+        return info.min, info.max
+
+    def shift(self, grid: Grid) -> int:
+        """What is taken from a grid's numbers to have them in this type."""
+        if self.type == torch.uint8:
+            return -128 if grid.signed else 0
+        return 128 if grid.bits == 8 and not grid.signed else 0
+
+
+XNNPACK = Finder("XNNPACK", EXECUTORCH.layers, torch.int8, results=True)
+INDUCTOR = Finder("torch.compile", ("conv2d", "linear"), torch.uint8, results=False)
+
+
+def rewritten(
+    program: ExportedProgram, marks: Marks, finder: Finder = XNNPACK
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """A program of the same answers, in which a finder finds all that it can compute.
+
+    Marks become values of 8 bits, and means over all positions keep their dimensions, which XNNPACK's pool does.
 
     Args:
         program: as `featherweight.export.program.capture` gives it, for one batch size.
         marks: what of it is whole numbers, as `featherweight.export.quantized.marked` gives it.
+        finder: who is to find them.
     Returns:
         The program, and what the reader of the file should know, a sentence each.
     """
     import torch.ao.quantization.fx._decomposed  # registers the operations
 
-    writer = _Writer(program, marks)
+    writer = _Writer(program, marks, finder)
     if not writer.run():
         return program, ()
     args, kwargs = _example(program)
@@ -54,7 +93,8 @@ def rewritten(program: ExportedProgram, marks: Marks) -> tuple[ExportedProgram, 
 
 
 class _Writer:
-    def __init__(self, program: ExportedProgram, marks: Marks) -> None:
+    def __init__(self, program: ExportedProgram, marks: Marks, finder: Finder) -> None:
+        self.finder = finder
         self.module: Any = program.module(check_guards=False)
         self.graph: fx.Graph = self.module.graph
         self.marks = marks
@@ -104,13 +144,14 @@ class _Writer:
             self._dynamic(node, x)
             return
         if grid.bits > 8:
-            self.notes.append(f"activations of {grid.bits} bits are left in float32: XNNPACK has whole numbers of 8")
+            name = self.finder.name
+            self.notes.append(f"activations of {grid.bits} bits are left in float32: {name} has whole numbers of 8")
             node.replace_all_uses_with(x)
             return
-        shift = 128 if grid.bits == 8 and not grid.signed else 0  # the same numbers, counted from -128
+        shift = self.finder.shift(grid)  # the same numbers, counted from elsewhere
         scale, low, high = mark.scale, grid.low - shift, grid.high - shift
         zero_point = mark.zero_point - shift
-        if (low, high) != (LOW, HIGH):
+        if (low, high) != self.finder.ends:
             x = self._clipped(node, x, (low - zero_point) * scale, (high - zero_point) * scale)
         self._round(node, x, (scale, zero_point), list(node.users), node)
 
@@ -131,7 +172,7 @@ class _Writer:
     def _round(self, at: fx.Node, x: fx.Node, step: Step, readers: list[fx.Node], read: fx.Node) -> None:
         """Bring `x` to int8 in front of `at`, and let every reader of `read` have it back for itself."""
         operations = torch.ops.quantized_decomposed
-        arguments = (*step, LOW, HIGH, torch.int8)
+        arguments = (*step, *self.finder.ends, self.finder.type)
         with self.graph.inserting_before(at):
             whole = self.graph.call_function(operations.quantize_per_tensor.default, (x, *arguments))
             for reader in readers:
@@ -141,20 +182,19 @@ class _Writer:
     def _dynamic(self, node: fx.Node, x: fx.Node) -> None:
         """Whole numbers in the range of each call, for every Linear that reads the value."""
         operations = torch.ops.quantized_decomposed
-        ends = (LOW, HIGH, torch.int8)
+        ends = (*self.finder.ends, self.finder.type)
         for reader in list(node.users):
             if operation_of_any(reader) != "linear":
                 reader.replace_input_with(node, x)
                 continue
             with self.graph.inserting_before(reader):
-                found = self.graph.call_function(
-                    operations.choose_qparams.tensor, (x, LOW, HIGH, LEAST_STEP, torch.int8)
-                )
+                found = self.graph.call_function(operations.choose_qparams.tensor, (x, *ends[:2], LEAST_STEP, ends[2]))
                 step = [self.graph.call_function(getitem, (found, index)) for index in (0, 1)]
                 whole = self.graph.call_function(operations.quantize_per_tensor.tensor, (x, *step, *ends))
                 back = self.graph.call_function(operations.dequantize_per_tensor.tensor, (whole, *step, *ends))
             reader.replace_input_with(node, back)
-        self.notes.append("ranges that are found at every call are those of each row, not of the whole batch")
+        if self.finder is XNNPACK:
+            self.notes.append("ranges that are found at every call are those of each row, not of the whole batch")
 
     def _pool(self, node: fx.Node) -> None:
         """A mean over all positions that drops their dimensions, as one that keeps them and a reshape."""
@@ -197,7 +237,7 @@ class _Writer:
 
     def _weight(self, node: fx.Node, name: str, mark: Weight) -> None:
         for reader in list(node.users):
-            reason = _reason(reader, node, mark)
+            reason = _reason(reader, node, mark, self.finder)
             if reason is None:
                 reader.replace_input_with(node, self._codes(reader, name, mark))
                 self._own_bias(reader)
@@ -249,23 +289,23 @@ class _Writer:
                 delattr(self.module.get_submodule(path), leaf)
 
 
-def _reason(layer: fx.Node, weight: fx.Node, mark: Weight) -> str | None:
-    """Why XNNPACK cannot multiply a weight's whole numbers in this layer; None where it can."""
-    operation = operation_of_any(layer)
-    if operation not in EXECUTORCH.layers or len(layer.args) < 2 or layer.args[1] is not weight:
-        return f"for XNNPACK does not multiply whole numbers in {operation or 'the answer'}"
+def _reason(layer: fx.Node, weight: fx.Node, mark: Weight, finder: Finder) -> str | None:
+    """Why a finder cannot multiply a weight's whole numbers in this layer; None where it can."""
+    operation, name = operation_of_any(layer), finder.name
+    if operation not in finder.layers or len(layer.args) < 2 or layer.args[1] is not weight:
+        return f"for {name} does not multiply whole numbers in {operation or 'the answer'}"
     if mark.group or mark.bits > 8 or not mark.signed or bool(mark.zero_point.any()):
-        return "for XNNPACK wants weights of at most 8 signed bits with one scale for every output and no zero point"
+        return f"for {name} wants weights of at most 8 signed bits with one scale for every output and no zero point"
     if mark.axis is not None and mark.axis % mark.codes.ndim != _output_axis(layer):
         return "for their scales are not those of outputs"
     if operation == "conv_transpose2d" and len(layer.args) > 6 and layer.args[6] != 1:
-        return "for XNNPACK has no whole numbers for transposed convolutions with groups"
+        return f"for {name} has no whole numbers for transposed convolutions with groups"
     (x, *_) = layer.all_input_nodes
     if operation_of_any(x) != "dequantize_per_tensor":
         return "for what they read is not rounded"
     if _step_from(x) is None:  # of each call: XNNPACK answers in floating point
         return None
-    if _step_to(_behind(layer)) is None:
+    if finder.results and _step_to(_behind(layer)) is None:
         return f"for their results are not rounded, which target={EXECUTORCH.name!r} would do"
     return None
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from featherweight.batch import mode, sketch, tensors_in
+from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
 from featherweight.errors import EditError
 from featherweight.forms import Grid, Rounded, Rounding, constraints_on
@@ -33,7 +34,7 @@ from featherweight.study import Study
 from featherweight.task import Task
 
 # Samples that biases are corrected on: the means of two networks on the same samples differ by little else.
-CORRECTED = 16
+CORRECTED, TAPS = 16, "taps"
 
 
 @dataclass(frozen=True)
@@ -222,57 +223,57 @@ def observe(study: Study, placement: Placement, samples: int, histogram: bool) -
 
 
 class Tap(nn.Module):
-    """Keeps the means of a layer's outputs, and moves its bias to where they are right.
+    """Stands behind a layer, and moves what it gives as its bias is moved.
 
     Args:
         bias: of the layer, (outputs,).
         axis: of the outputs, counted from the last.
-        right: the means that the outputs should have, (outputs,); None where they are only kept.
     """
 
-    def __init__(self, bias: Tensor, axis: int, right: Tensor | None) -> None:
+    def __init__(self, bias: Tensor, axis: int) -> None:
         super().__init__()
-        self.bias, self.axis, self.right = bias, axis, right
-        self.means, self.batches = torch.zeros_like(bias), 0
+        self.axis, self.shift = axis, torch.zeros_like(bias)
+
+    def means(self, x: Tensor) -> Tensor:
+        """Of what the layer gives, (outputs,)."""
+        return x.mean([d for d in range(x.ndim) if d != x.ndim + self.axis])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape → the same, moved as the bias is."""
-        self.batches += 1
-        axis = x.ndim + self.axis
-        found = x.mean([d for d in range(x.ndim) if d != axis])
-        self.means += (found - self.means) / self.batches
-        if self.right is None:
-            return x
-        # The layers before it move too, at first by much: every batch corrects what it still finds, by its share.
-        off = (self.right - found) / self.batches
-        self.bias += off
-        return x + off.view([-1 if d == axis else 1 for d in range(x.ndim)])
+        """Any shape → the same."""
+        return x + self.shift.view([-1, *[1] * (-1 - self.axis)])
 
 
-def output_means(study: Study, placement: Placement, right: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The means of the outputs of integer layers with a bias, by the values' names, on the first calibration samples.
+def correct_biases(study: Study, placement: Placement, before: ModelGraph) -> None:
+    """Move biases, in place and in calling order, so that integer layers give what they gave before on average.
+
+    Nagel et al., 2019, section 4.2, with data.
 
     Args:
-        study: of the graph.
+        study: of the graph as it is now.
         placement: which layers.
-        right: the means that they should have; biases are then moved, in place and in calling order, so that they have
-            (Nagel et al., 2019, section 4.2, with data). None leaves the graph as it is.
+        before: the graph before anything was rounded.
     """
-    graph = copy.deepcopy(study.model)
+    graph = study.model
     assert isinstance(graph, ModelGraph)
     held = _biases(graph, placement)
-    taps = {
-        name: Tap(attribute(graph, bias).detach().clone(), axis, None if right is None else right[name])
-        for name, (bias, axis) in held.items()
-    }
-    put_on_edges(graph, dict.fromkeys(taps), taps.__getitem__, room="taps")
-    with torch.no_grad(), mode(graph, training=False):
-        for inputs in track(study.task.batches(graph, CORRECTED), "correcting biases" if right else "taking means"):
-            inputs.into(graph)
-    if right is not None:
-        for name, (bias, _) in held.items():
-            attribute(study.model, bias).data.copy_(taps[name].bias)
-    return {name: tap.means for name, tap in taps.items()}
+    was, _ = _tapped(before, held)
+    now, taps = _tapped(graph, held)
+    lockstep = Lockstep(was, now, study.task.batches(graph, CORRECTED))
+    for name, (bias, _) in track(held.items(), "correcting biases", total=len(held)):
+        tap = taps[name]
+        off = [tap.means(answer) - tap.means(x) for x, answer in lockstep.at(f"{TAPS}.{name}")]
+        if off:
+            tap.shift = torch.stack(off).mean(0)
+            attribute(graph, bias).data.add_(tap.shift)
+    lockstep.close()
+
+
+def _tapped(graph: ModelGraph, held: Mapping[str, tuple[str, int]]) -> tuple[ModelGraph, dict[str, Tap]]:
+    """A copy of a graph with taps, and these, by the names of what the layers give."""
+    graph = copy.deepcopy(graph)
+    taps = {name: Tap(attribute(graph, bias), axis) for name, (bias, axis) in held.items()}
+    put_on_edges(graph, dict.fromkeys(taps), taps.__getitem__, room=TAPS)
+    return graph, taps
 
 
 def _biases(graph: ModelGraph, placement: Placement) -> dict[str, tuple[str, int]]:

@@ -21,10 +21,10 @@ from featherweight.layers import PerLayer
 from featherweight.quantize.activations import (
     Activations,
     check_folded,
+    correct_biases,
     leave,
     norms_of,
     observe,
-    output_means,
     quantized,
     round_biases,
     scales_read,
@@ -82,9 +82,9 @@ class Static(Activations):
         edges, unseen = seen_edges(placement, observers)
         yield from leave({**self.reasons(study, placement), **norms_left, **unseen})
         corrects = self.correct_biases and study.task.has_calibration
-        means = output_means(study, placement) if corrects else {}
+        before = copy.deepcopy(graph) if corrects else graph
         yield quantized(self, edges, observers, self.activation_bits, self.ranges)
         yield from self.weights(study, placement, self.weight_ranges, scales_read(graph, placement))
-        if means:
-            output_means(study, placement, means)
+        if corrects:
+            correct_biases(study, placement, before)
         round_biases(graph, placement)
