@@ -218,7 +218,7 @@ def observe(study: Study, placement: Placement, samples: int, histogram: bool) -
     if not study.task.has_calibration:
         study.notes.append("the ranges are those of the example: give calibration data")
     elif total < 32:
-        study.notes.append(f"the ranges are those of {total} sample{'s' if total > 1 else ''}: give about 100")
+        study.notes.append(f"the ranges are those of {total} sample{'s' if total > 1 else ''}: give about 64")
     return {name: module.seen for name, module in watching.items()}
 
 

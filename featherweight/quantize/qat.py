@@ -65,7 +65,7 @@ class QAT(Activations):
     temperature: float = 1.0
     ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
     weight_ranges: Literal["mse", "min-max"] = "mse"
-    samples: int = 100
+    samples: int = 64
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)

@@ -1,4 +1,4 @@
-"""Static quantization: ranges of activations are found on a hundred samples or so, and stay.
+"""Static quantization: ranges of activations are found on a few dozen samples, and stay.
 
 Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, 2018,
 arxiv.org/abs/1712.05877; Nagel et al., A white paper on neural network quantization, 2021, arxiv.org/abs/2106.08295,
@@ -58,7 +58,7 @@ class Static(Activations):
     ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
     weight_ranges: Literal["mse", "min-max"] = "mse"
     correct_biases: bool = True
-    samples: int = 100
+    samples: int = 64
     fold: bool = True
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:

@@ -134,7 +134,7 @@ def test_one_sample_is_enough_and_said_to_be_few():
     model = make(Residual)
     x = Residual.data(1)
     small = fw.compress(model, quantize.Static(), task=fw.Task(x, calibration=[x]))
-    assert "the ranges are those of 1 sample: give about 100" in small.ledger.steps[0].notes
+    assert "the ranges are those of 1 sample: give about 64" in small.ledger.steps[0].notes
     small = fw.compress(model, quantize.Static(), task=fw.Task(x))
     assert "the ranges are those of the example: give calibration data" in small.ledger.steps[0].notes
 
