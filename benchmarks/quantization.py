@@ -152,7 +152,7 @@ def _opened(path: Path) -> nn.Module:
     return OnnxModel(path, threads=1) if path.suffix == ".onnx" else OpenVINOModel(path, threads=1)
 
 
-def fashion_network(epochs: float) -> list[str]:
+def fashion_network(epochs: float, trained: bool) -> list[str]:
     """A row for every way of quantizing the demo network: accuracy simulated, and of the file in its runtime."""
     import fashion
 
@@ -176,18 +176,24 @@ def fashion_network(epochs: float) -> list[str]:
         train=train,
         loss="cross_entropy",
     )
-    steps: Sequence[tuple[str, Any]] = [
-        ("W8A8 static, min-max", quantize.Static(ranges="min-max", weight_ranges="min-max")),
-        ("W8A8 static", quantize.Static()),
-        ("W4A4 static", quantize.Static(bits=4, activation_bits=4)),
-        ("W4A4 trained", quantize.QAT(bits=4, activation_bits=4, epochs=epochs)),
-        ("W4A4 trained, distilled", quantize.QAT(bits=4, activation_bits=4, epochs=epochs, distill=True)),
-        ("W2A2 trained", quantize.QAT(bits=2, activation_bits=2, epochs=epochs)),
+    static, reached = quantize.Static(), partial(quantize.QAT, epochs=epochs)
+    untrained: Sequence[tuple[str, Sequence[Any]]] = [
+        ("W8A8 static, min-max", (quantize.Static(ranges="min-max", weight_ranges="min-max"),)),
+        ("W8A8 static", (static,)),
+        ("W4A8 static", (quantize.Static(bits=4),)),
+        ("W4A8 static, weights by GPTQ", (quantize.GPTQ(bits=4), static)),
+        ("W4A8 static, weights by blocks (BRECQ)", (quantize.BRECQ(bits=4), static)),
+        ("W4A4 static", (quantize.Static(bits=4, activation_bits=4),)),
+    ]
+    in_training: Sequence[tuple[str, Sequence[Any]]] = [
+        ("W4A4 trained", (reached(bits=4, activation_bits=4),)),
+        ("W4A4 trained, distilled", (reached(bits=4, activation_bits=4, distill=True),)),
+        ("W2A2 trained", (reached(bits=2, activation_bits=2),)),
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for label, step in steps:
+        for label, steps in in_training if trained else untrained:
             begun = time.process_time()
-            small = fw.compress(network, step, task=task)
+            small = fw.compress(network, *steps, task=task)
             taken = time.process_time() - begun
             path = Path(folder) / "small.onnx"
             check = small.export("onnx", path)
@@ -266,17 +272,19 @@ def main(
         for name in vision.NETWORKS:
             lines += random_network(name, peer_python, samples, repeats)
             print("\n".join(lines), flush=True)
-    if "fashion" in parts:
-        rows = fashion_network(epochs)
+    for part in ("fashion", "trained"):
+        if part not in parts:
+            continue
+        before, _, *rows = fashion_network(epochs, part == "trained")
         lines += [
             "",
-            f"## {HEADINGS['fashion']} on Fashion-MNIST",
+            f"## {HEADINGS[part]}",
             "",
-            f"10,000 test images; {epochs:g} epochs where trained. {rows[0]}",
+            f"10,000 test images of Fashion-MNIST{f'; {epochs:g} epochs' if part == 'trained' else ''}. {before}",
             "",
             "| how | accuracy % | drop | in ONNX Runtime | same class | dB | file | CPU s |",
             "|---|---|---|---|---|---|---|---|",
-            *rows[2:],
+            *rows,
         ]
     if "efficientnet" in parts:
         lines += [
@@ -294,7 +302,8 @@ def main(
 
 HEADINGS = {
     "random": "ResNet-18 and MobileNetV2",
-    "fashion": "The demo network",
+    "fashion": "The demo network, calibrated alone",
+    "trained": "The demo network, trained on the grids",
     "efficientnet": "EfficientNet-Lite0",
 }
 
