@@ -235,7 +235,6 @@ def photographed_network(python: str | None, images: int) -> list[str]:
         ("W8A8 static, weights by GPTQ", (quantize.GPTQ(bits=8), static)),
         ("W4A8 static", (quantize.Static(bits=4),)),
         ("W4A8 static, weights by GPTQ", (quantize.GPTQ(bits=4), static)),
-        ("W4A8 static, weights by blocks (BRECQ)", (quantize.BRECQ(bits=4, steps=200, batch=16), static)),
     ]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -313,7 +312,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=quantize.Static().samples)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--images", type=int, default=1000, help="photographs to judge EfficientNet-Lite0 on")
+    parser.add_argument("--images", type=int, default=500, help="photographs to judge EfficientNet-Lite0 on")
     parser.add_argument("--parts", nargs="+", choices=tuple(HEADINGS), default=tuple(HEADINGS))
     parser.add_argument("--write", action="store_true", help="also keep the tables in benchmarks/results")
     main(**vars(parser.parse_args()))
