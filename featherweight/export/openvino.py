@@ -6,6 +6,7 @@ documented at docs.openvino.ai.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -75,16 +76,14 @@ class OpenVINOModel(FileModel):
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, precision: str = "f32") -> None:
         _need()
-        import openvino
-
         settings = {
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
         }
         try:
-            model = openvino.Core().read_model(os.fspath(path))
-            compiled = openvino.compile_model(model, "CPU", settings)
+            model = _core().read_model(os.fspath(path))
+            compiled = _core().compile_model(model, "CPU", settings)
         except Exception as error:  # its exceptions have no common class of their own
             raise ExportError(f"OpenVINO cannot run {os.path.basename(path)}: {first_line(error)}") from error
         call = model.get_rt_info(METADATA).value if model.has_rt_info(METADATA) else None
@@ -97,6 +96,19 @@ class OpenVINOModel(FileModel):
         """What OpenVINO answers."""
         found = self.request.infer(dict(arrays), share_inputs=True)
         return [found[output].copy() for output in self.compiled.outputs]
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO itself, once for the process and never closed.
+
+    On processors with AVX-512 its first model gives the thread a stack for signals, which closing it takes back. Of two
+    that close in the order they were opened, the second puts the freed stack of the first in place, and the next signal
+    that Python handles, such as the end of a child process once a ``DataLoader`` had workers, ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _empty(port: Any) -> Any:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 TESTS = Path(__file__).resolve().parents[1]
 BEGIN = """
 import torch
-from networks import Residual, make, task_of
+from networks import Residual, make
 from torch._dynamo.utils import counters
 
 import featherweight as fw
