@@ -2,8 +2,8 @@
 
 Networks laid out as ResNet-18 and MobileNetV2, random weights, 224×224, batch 1, one thread; the demo network on
 Fashion-MNIST: static quantization at 8 bits, quantization-aware training at 4 and 2; and EfficientNet-Lite0 (see
-photographs.py), weights of 8 and 4 bits. Times are CPU milliseconds of one
-thread, medians, every file in turn. The peers go into an environment of their own, for this script only:
+photographs.py), weights of 8 and 4 bits. Times are CPU milliseconds of one thread, medians, every file in turn. The
+peers go into an environment of their own, for this script only:
 
     python -m venv peer
     peer/bin/pip install torch==2.13.0 onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.31.1 openvino==2026.4.1 nncf==3.4.0
@@ -43,6 +43,7 @@ from featherweight.machine import processor
 
 HERE = Path(__file__).resolve().parent
 NNCF_SAMPLES = 300  # its default
+ENDS = {"_conv_stem*": 8, "_blocks.0.*": 8, "_fc": 8, "*": 4}  # of EfficientNet-Lite0, as papers keep them
 
 
 def answers(model: nn.Module, images: Tensor, size: int = 1) -> Tensor:
@@ -235,6 +236,8 @@ def photographed_network(python: str | None, images: int) -> list[str]:
         ("W8A8 static, weights by GPTQ", (quantize.GPTQ(bits=8), static)),
         ("W4A8 static", (quantize.Static(bits=4),)),
         ("W4A8 static, weights by GPTQ", (quantize.GPTQ(bits=4), static)),
+        ("W4A8 static, weights by blocks (BRECQ)", (quantize.BRECQ(bits=4, samples=NNCF_SAMPLES), static)),
+        ("the same, first block and classifier of 8 bits", (quantize.BRECQ(bits=ENDS, samples=NNCF_SAMPLES), static)),
     ]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

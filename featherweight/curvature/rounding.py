@@ -201,18 +201,12 @@ class Opened:
         sigmoid = self.v.sigmoid()
         return sigmoid * (1 - sigmoid) * 1.2
 
-    def penalty(self, done: float) -> Tensor:
-        """What indecision costs each value, differentiable by v: ``1 − |2 share − 1|^β``, β from 20 to 2.
+    def penalty_slope(self, done: float) -> Tensor:
+        """What indecision costs, ``1 − |2 share − 1|^β`` with β from 20 to 2, derived by the share.
 
         Args:
             done: share of all steps gone by; in the first fifth indecision is free.
         """
-        if done < 0.2:
-            return torch.zeros_like(self.v)
-        return 1 - (2 * self.share() - 1).abs().pow(20 + (2 - 20) * (done - 0.2) / 0.8)
-
-    def penalty_slope(self, done: float) -> Tensor:
-        """The derivative of `penalty` by the share."""
         if done < 0.2:
             return torch.zeros_like(self.v)
         beta = 20 + (2 - 20) * (done - 0.2) / 0.8

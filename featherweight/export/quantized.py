@@ -154,8 +154,9 @@ def emit(model: Any, marks: Marks, *, portable: bool = False) -> tuple[str, ...]
     Args:
         model: an ``onnx_ir.Model`` out of PyTorch's exporter.
         marks: as `marked` gives them.
-        portable: whether to keep to what runtimes other than ONNX Runtime know: 4-bit weights of Linear layers do not
-            become MatMulNBits then, an operation of its own, and activations of 16 bits are left in float32.
+        portable: whether to keep to what runtimes other than ONNX Runtime know and are fast at: 4-bit weights of
+            Linear layers do not become MatMulNBits then, an operation of its own, activations of 16 bits are left in
+            float32, and first convolutions keep their strides.
     Returns:
         What the reader of the file should know, a sentence each.
     """
@@ -285,8 +286,13 @@ class _Emitter:
         self._replace(node, result)
 
     def _strided(self, node: Any) -> None:
-        """A first convolution without its strides, which takes its kernel half the time."""
-        if node.op_type != "Conv" or not _from_whole(node.inputs[0], "QuantizeLinear") or _int(node, "group") > 1:
+        """A first convolution without its strides, which takes ONNX Runtime's kernel half the time."""
+        if (
+            self.portable
+            or node.op_type != "Conv"
+            or not _from_whole(node.inputs[0], "QuantizeLinear")
+            or _int(node, "group") > 1
+        ):
             return
         before, weight, shape = node.inputs[0].producer(), node.inputs[1].producer(), node.inputs[0].shape
         if weight is None or weight.op_type != "DequantizeLinear" or weight.inputs[0].const_value is None:
@@ -294,7 +300,7 @@ class _Emitter:
         numbers = {name: list(node.attributes[name].as_ints()) for name in ("strides", "pads", "dilations")}
         static = shape is not None and len(shape) == 4 and all(isinstance(length, int) for length in shape[2:])
         zeros = [part.inputs[2].const_value.numpy() for part in (before, weight)]
-        # Runtimes have SpaceToDepth for unsigned bytes; a weight has gaps where one value is 0 for all outputs.
+        # The runtime has SpaceToDepth for unsigned bytes; a weight has gaps where one value is 0 for all outputs.
         if not static or max(numbers["dilations"]) > 1 or zeros[0].dtype != np.uint8 or np.ptp(zeros[1]):
             return
         codes, zero = weight.inputs[0].const_value.numpy(), int(zeros[1].flat[0])

@@ -33,6 +33,10 @@ from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task
 
+# How far the nearer end of a range is from 0, as a share of the further one, for its values to lie about 0: a symmetric
+# grid then loses less than half a bit.
+ABOUT_ZERO = 0.5
+
 # Samples that biases are corrected on: the means of two networks on the same samples differ by little else.
 CORRECTED, TAPS = 16, "taps"
 
@@ -132,10 +136,11 @@ class Activations(Step):
                 left[name] = "ignored, as asked" if matches(name, self.ignore) else "the example never calls it"
         return left
 
-    def rounding(self, edge: Edge, bits: int) -> Rounding:
+    def rounding(self, edge: Edge, bits: int, seen: Observer) -> Rounding:
         """How an edge is rounded for the target."""
         target = self.runtime()
-        symmetric = edge.symmetric
+        nearer, further = sorted((-seen.lowest, seen.highest))
+        symmetric = edge.symmetric or (edge.padded and nearer > ABOUT_ZERO * further)
         return Rounding(bits, signed=symmetric or target.signed, symmetric=symmetric)
 
     def weights(self, study: Study, placement: Placement, by: str, scales: Mapping[str, Tensor]) -> Iterator[Edit]:
@@ -315,10 +320,10 @@ def quantized(
     """The edit that rounds edges, their ranges chosen."""
     made, values = {}, {}
     for name, edge in edges.items():
-        rounding = step.rounding(edge, for_layer(bits, name, default=8))
         seen = observers[name]
         if edge.ceiling < math.inf:
             seen = replace(seen, highest=min(seen.highest, edge.ceiling))
+        rounding = step.rounding(edge, for_layer(bits, name, default=8), seen)
         values[name] = range_of(seen, rounding.grid, by)
         readers = _readers(edge)
         made[name] = (rounding, None if readers is None else tuple(sorted(readers)))

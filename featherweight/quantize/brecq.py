@@ -3,7 +3,9 @@
 Li et al., BRECQ: Pushing the limit of post-training quantization by block reconstruction, 2021,
 arxiv.org/abs/2102.05426; its authors' program weighs all outputs alike, as this does. What goes into a block is mixed,
 value by value, of what the original and what the compressed network gives it (Wei et al., QDrop, 2022,
-arxiv.org/abs/2203.05740), which keeps the fit from clinging to the few samples there are.
+arxiv.org/abs/2203.05740), which keeps the fit from clinging to the few samples there are. What a value is rounded to is
+a sigmoid between its two neighbours that grows steeper (Gong et al., Differentiable soft quantization, 2019,
+arxiv.org/abs/1908.05033): it is decided within a few hundred steps, where the paper's penalty takes thousands.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from torch.func import functional_call
 from featherweight.batch import Inputs, mode
 from featherweight.curvature.gram import my_share
 from featherweight.curvature.lockstep import Lockstep
-from featherweight.curvature.rounding import Opened
 from featherweight.forms import Gridded, constraints_on, is_layer, released
 from featherweight.forms.mask import Masked
 from featherweight.progress import track
@@ -31,6 +32,8 @@ from featherweight.study import Study
 
 # More layers than this are no block: what is between them can be seen by itself.
 MOST_LAYERS = 12
+RATE = 0.1  # of Adam, whose steps are of about that size in every variable
+STEEPEST = 0.02  # the temperature at the end, from 1: all but a few shares in a thousand are then 0 or 1
 # Bytes of inputs and answers that are kept of one block.
 MEMORY = 1 << 30
 
@@ -204,11 +207,10 @@ def _learn(
         rounded = cast(Tensor, layer.weight).detach().float()
         target = (rounded + (exact - rounded).clamp(-0.45 * scale, 0.45 * scale)) / scale
         below = target.floor()
-        opened = Opened(below, target)
-        opened.v.requires_grad_()
+        v = torch.logit((target - below).clamp(0.01, 0.99)).requires_grad_()
         masks = [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]
         stay = torch.stack(masks).all(0) if masks else None
-        parts.append(_Part(f"{name}.weight" if name else "weight", layer, made, opened, below, scale, shift, stay))
+        parts.append(_Part(f"{name}.weight" if name else "weight", layer, made, v, below, scale, shift, stay))
 
     def error(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         answer: Tensor = functional_call(plain, dict(weights), (x, *args), dict(kwargs))
@@ -221,8 +223,7 @@ def _learn(
     before = mean_error({})
     if not before > 0:
         return False
-    values = sum(part.below.numel() for part in parts)
-    optimizer = torch.optim.Adam([part.opened.v for part in parts], min(0.1, max(1e-2, 10 / steps)))
+    optimizer = torch.optim.Adam([part.v for part in parts], RATE)
     with torch.enable_grad():
         for step in range(steps):
             original_x, x, y = kept[int(torch.randint(len(kept), (1,), generator=generator))]
@@ -230,11 +231,10 @@ def _learn(
             x, y, original_x = x[rows], y[rows], original_x[rows]
             if mix and x.is_floating_point():
                 x = torch.where(torch.rand(x.shape, generator=generator).to(x.device) < mix, original_x, x)
-            loss = error({part.weight: part.soft().to(x.dtype) for part in parts}, x, y) / before
-            # Nagel et al., equation 24, in units of the error that rounding each layer alone leaves.
-            indecision = sum(part.opened.penalty((step + 1) / steps).sum() for part in parts)
+            temperature = STEEPEST ** (step / steps)
+            loss = error({part.weight: part.soft(temperature).to(x.dtype) for part in parts}, x, y) / before
             optimizer.zero_grad()
-            (loss + 3.0 * indecision / values).backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     decided = {part.weight: part.hard().to(plain.get_parameter(part.weight).dtype) for part in parts}
     if not mean_error(decided) < before:
@@ -247,12 +247,12 @@ def _learn(
 
 @dataclass(frozen=True)
 class _Part:
-    """One layer's rounding while it is learnt."""
+    """One layer's rounding while it is learnt: v says for each value whether it becomes the number below or above."""
 
     weight: str
     layer: nn.Module
     made: Gridded
-    opened: Opened
+    v: Tensor
     below: Tensor
     scale: Tensor
     shift: Tensor
@@ -263,10 +263,10 @@ class _Part:
         found = ((self.below + up + self.shift).clamp(form.low, form.high) - self.shift) * self.scale
         return found if self.stay is None else found * self.stay
 
-    def soft(self) -> Tensor:
+    def soft(self, temperature: float) -> Tensor:
         """The weight in between."""
-        return self._values(self.opened.share())
+        return self._values((self.v / temperature).sigmoid())
 
     def hard(self) -> Tensor:
         """The weight as it is rounded."""
-        return self._values(self.opened.decided())
+        return self._values((self.v.detach() >= 0).to(self.v.dtype))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -38,11 +39,13 @@ class Edge:
     Attributes:
         readers: names of what reads it rounded; None for all that read it.
         symmetric: whether it has to be signed and symmetric.
+        padded: whether it had better be, where its values lie about 0.
         floor, ceiling: bounds that the values never pass, where they are known.
     """
 
     readers: set[str] | None = field(default_factory=set)
     symmetric: bool = False
+    padded: bool = False
     floor: float = -math.inf
     ceiling: float = math.inf
 
@@ -218,11 +221,18 @@ class _Placing:
             edge.readers = None
         if self.target.signed_products and operation_of(reader) in PRODUCTS and reader.args[1] is operand:
             edge.symmetric = True
+        if self.target.signed_padded and operation_of(reader) in CONVOLUTIONS and _pads(reader):
+            edge.padded = True
 
 
 def operation_of_any(node: fx.Node) -> str:
     """The operation of a node; empty for inputs, tensors and the answer."""
     return operation_of(node) if node.op == "call_function" else ""
+
+
+def _pads(convolution: fx.Node) -> bool:
+    padding: Any = arguments(convolution).get("padding", 0)
+    return any(padding) if isinstance(padding, list | tuple) else padding not in (0, "valid")
 
 
 def moves(node: fx.Node) -> bool:

@@ -100,6 +100,16 @@ def test_second_operands_of_products_are_symmetric_where_the_runtime_wants_it():
     assert found.edges["inward"].symmetric
 
 
+def test_what_padded_convolutions_read_is_marked_for_a_runtime_that_corrects_borders():
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding="same"))
+
+    x = torch.randn(1, 3, 8, 8)
+    assert [edge.padded for edge in placed(Net(), x, OPENVINO).edges.values()] == [True, False, True]
+    assert not any(edge.padded for edge in placed(Net(), x, ORT).edges.values())
+
+
 def test_every_softmax_is_rounded_on_a_target_without_floats():
     found = placed(make(Attention), Attention.data(2), GENERIC)
     assert "matmul" in found.edges
