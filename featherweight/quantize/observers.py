@@ -152,51 +152,52 @@ def range_of(seen: Observer, grid: Grid, by: str) -> tuple[Tensor, Tensor]:
     return between(torch.tensor(low), torch.tensor(high), grid)
 
 
-def _searched(
-    seen: Observer, grid: Grid, steps: int, loss: Callable[[Tensor, Tensor, Grid, float, float], float]
-) -> tuple[float, float]:
+Loss = Callable[[Tensor, Tensor, Grid, Tensor, Tensor], Tensor]  # of ranges, given by their ends: (ranges,)
+
+
+def _searched(seen: Observer, grid: Grid, steps: int, loss: Loss) -> tuple[float, float]:
     used = seen.counts > 0
     if not bool(used.any()):
         return seen.lowest, seen.highest
     centres, counts = seen.centres[used], seen.counts[used]
+    shares = 1 - torch.arange(steps, dtype=torch.float64) / steps
 
-    def at(low: float, high: float) -> float:
-        return loss(centres, counts, grid, low, high)
+    def best(lows: Tensor, highs: Tensor) -> tuple[float, float]:
+        at = int(loss(centres, counts, grid, lows, highs).argmin())  # the first of equals: the widest
+        return float(lows[at]), float(highs[at])
 
     low, high = seen.lowest, seen.highest
     if grid.symmetric and grid.signed:
         reach = max(-low, high)
         low, high = -reach, reach
-    best, found = at(low, high), (low, high)
-    for step in range(1, steps):
-        share = 1 - step / steps
-        if (error := at(low * share, high * share)) < best:
-            best, found = error, (low * share, high * share)
+    found = best(low * shares, high * shares)
     if grid.symmetric or not low or not high:
         return found
     for end in (0, 1):
-        whole_end = (low, high)[end]
-        for step in range(steps):
-            tried = (
-                (whole_end * (1 - step / steps), found[1]) if end == 0 else (found[0], whole_end * (1 - step / steps))
-            )
-            if (error := at(*tried)) < best:
-                best, found = error, tried
+        lows, highs = (torch.full((steps + 1,), at, dtype=torch.float64) for at in found)
+        (lows, highs)[end][1:] = (low, high)[end] * shares
+        found = best(lows, highs)
     return found
 
 
-def _levels(centres: Tensor, grid: Grid, low: float, high: float) -> tuple[Tensor, float, float]:
-    scale, zero_point = between(torch.tensor(low), torch.tensor(high), grid)
-    return whole(centres, scale, zero_point.double(), grid.low, grid.high), float(scale), float(zero_point)
+def _levels(centres: Tensor, grid: Grid, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers of every range, (ranges, centres), scales and zero points, (ranges, 1)."""
+    scale, zero_point = (made.double()[:, None] for made in between(lows, highs, grid))
+    return whole(centres, scale, zero_point, grid.low, grid.high), scale, zero_point
 
 
-def _squared_error(centres: Tensor, counts: Tensor, grid: Grid, low: float, high: float) -> float:
-    q, scale, zero_point = _levels(centres, grid, low, high)
-    return float(((q - zero_point) * scale - centres).square() @ counts)
+def _squared_error(centres: Tensor, counts: Tensor, grid: Grid, lows: Tensor, highs: Tensor) -> Tensor:
+    q, scale, zero_point = _levels(centres, grid, lows, highs)
+    return ((q - zero_point) * scale - centres).square() @ counts
 
 
-def _divergence(centres: Tensor, counts: Tensor, grid: Grid, low: float, high: float) -> float:
-    q, scale, zero_point = _levels(centres, grid, low, high)
+def _divergence(centres: Tensor, counts: Tensor, grid: Grid, lows: Tensor, highs: Tensor) -> Tensor:
+    each = zip(*_levels(centres, grid, lows, highs), strict=True)
+    found = [_divergence_of(centres, counts, grid, q, float(scale), float(zero)) for q, scale, zero in each]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _divergence_of(centres: Tensor, counts: Tensor, grid: Grid, q: Tensor, scale: float, zero_point: float) -> float:
     inside = (centres >= (grid.low - 0.5 - zero_point) * scale) & (centres <= (grid.high + 0.5 - zero_point) * scale)
     if not bool(inside.any()):
         return math.inf
