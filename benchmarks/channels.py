@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ import digits
 import fashion
 import torch
 from data import load
-from results import processor, publish
+from results import publish
 from torch import nn
 from torch.utils.data import DataLoader
 from train import Photos, augment, smoothed
@@ -277,8 +276,7 @@ def main(options: argparse.Namespace) -> None:
     for name in options.parts:
         table = tables[name]()
         print("\n".join(table), "\n", file=sys.stderr)  # as they come: the whole takes half an hour
-        when = f"Measured on {datetime.date.today().isoformat()}, {processor()}."
-        lines += ["", table[0], "", when, *table[1:]]
+        lines += ["", *table]
     publish("channels", __doc__ or "", lines, options.write, parts=[HEADINGS[part] for part in options.parts])
 
 

@@ -23,13 +23,16 @@ def publish(name: str, what: str, lines: Sequence[str], write: bool, *, parts: S
         parts: how the titles of the sections begin that were measured now; others stay as they are. None for all.
     """
     file = FOLDER / f"{name}.md"
-    if write and parts is not None and file.exists():
-        lines = [*lines, *_others(file.read_text(encoding="utf-8"), parts)]
     when = datetime.date.today().isoformat()
     where = f"{processor()}, {machine()}; torch {version('torch')}, featherweight {version('featherweight')}; {when}."
-    text = "\n".join(
-        [f"# {what.strip().splitlines()[0]}", "", f"`python benchmarks/{name}.py` on {where}", "", *lines, ""]
-    )
+    made = f"`python benchmarks/{name}.py` on {where}"
+    if parts is None:
+        lines = [made, "", *lines]
+    else:  # each section says where it was measured
+        lines = [part for line in lines for part in ([line, "", made] if line.startswith("## ") else [line])]
+        if write and file.exists():
+            lines += _others(file.read_text(encoding="utf-8"), parts)
+    text = "\n".join([f"# {what.strip().splitlines()[0]}", "", *lines, ""])
     print(text)
     if write:
         FOLDER.mkdir(exist_ok=True)
