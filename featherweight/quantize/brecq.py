@@ -5,7 +5,8 @@ arxiv.org/abs/2102.05426; its authors' program weighs all outputs alike, as this
 value by value, of what the original and what the compressed network gives it (Wei et al., QDrop, 2022,
 arxiv.org/abs/2203.05740), which keeps the fit from clinging to the few samples there are. What a value is rounded to is
 a sigmoid between its two neighbours that grows steeper (Gong et al., Differentiable soft quantization, 2019,
-arxiv.org/abs/1908.05033): it is decided within a few hundred steps, where the paper's penalty takes thousands.
+arxiv.org/abs/1908.05033): it is decided within a few hundred steps, where the paper's penalty takes thousands. At last
+biases are moved so that the means of the layers' outputs are the original's.
 """
 
 from __future__ import annotations
@@ -237,12 +238,56 @@ def _learn(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     decided = {part.weight: part.hard().to(plain.get_parameter(part.weight).dtype) for part in parts}
+    wanted = _means(was, block, {}, [x for x, _, _ in kept])
+    decided |= _biases(plain, block, decided, [x for _, x, _ in kept], wanted)
     if not mean_error(decided) < before:
         return False
     with torch.no_grad():
-        for part in parts:
-            part.layer.get_parameter("parametrizations.weight.original").copy_(decided[part.weight])
+        for name, tensor in decided.items():
+            path, _, leaf = name.rpartition(".")
+            layer = now.get_submodule(path)
+            layer.get_parameter("parametrizations.weight.original" if leaf == "weight" else leaf).copy_(tensor)
     return True
+
+
+def _biases(
+    plain: nn.Module,
+    block: Block,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Tensor],
+    wanted: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The biases, layer by layer, with which the means of every layer's outputs are those that are wanted."""
+    made: dict[str, Tensor] = {}
+    for name in block.layers:
+        bias, key = plain.get_submodule(name).bias, f"{name}.bias" if name else "bias"
+        if isinstance(bias, Tensor):
+            made[key] = bias + wanted[name] - _means(plain, block, {**weights, **made}, batches)[name]
+    return made
+
+
+def _means(
+    module: nn.Module, block: Block, tensors: Mapping[str, Tensor], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The mean of every channel that a layer puts out, by layer, with these tensors in place of the block's own."""
+    args, kwargs = block.more
+    found: dict[str, Tensor] = {}
+    samples = sum(len(x) for x in batches)
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+            channel = answer.ndim - (1 if isinstance(layer, nn.Linear) else cast(Tensor, layer.weight).ndim - 1)
+            mean = answer.mean([d for d in range(answer.ndim) if d != channel]) * (len(inputs[0]) / samples)
+            found[name] = found[name] + mean if name in found else mean
+
+        return hook
+
+    with ExitStack() as stack, mode(module, training=False), torch.no_grad():
+        for name in block.layers:
+            stack.callback(module.get_submodule(name).register_forward_hook(watch(name)).remove)
+        for x in batches:
+            functional_call(module, dict(tensors), (x, *args), dict(kwargs))
+    return found
 
 
 @dataclass(frozen=True)

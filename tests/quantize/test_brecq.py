@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from networks import Residual, Stacked, Transformer, make, task_of
 from torch import nn
@@ -61,11 +62,12 @@ def test_blocks_are_the_modules_that_hold_a_few_layers():
         assert {block.name for block in found} == set(layer_names(flat))
 
 
-def test_blocks_answer_more_nearly_than_layers_rounded_alone():
+@pytest.mark.parametrize(("bits", "steps"), [(3, 300), (4, 60)])
+def test_blocks_answer_more_nearly_than_layers_rounded_alone(bits, steps):
     model = make(Chain)
     task = task_of(model, 256)
-    rounded = fw.compress(model, quantize.GPTQ(bits=3), task=task).model
-    learnt = fw.compress(model, quantize.BRECQ(bits=3, steps=300), task=task).model
+    rounded = fw.compress(model, quantize.GPTQ(bits=bits), task=task).model
+    learnt = fw.compress(model, quantize.BRECQ(bits=bits, steps=steps), task=task).model
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         far = [float((small(x) - model(x)).norm() / model(x).norm()) for small in (rounded, learnt)]
@@ -75,3 +77,12 @@ def test_blocks_answer_more_nearly_than_layers_rounded_alone():
         (made,) = constraints_on(layer)
         assert torch.equal(made.decoded(made.codes(layer.weight)), layer.weight)
         assert torch.equal(layer.parametrizations.weight.original, layer.weight)
+
+
+def test_biases_keep_the_means_of_the_answers():
+    model = make(Chain)
+    learnt = fw.compress(model, quantize.BRECQ(bits=3, steps=100), task=task_of(model, 256)).model
+    x = Chain.data(256)  # what it was calibrated on
+    with torch.no_grad():
+        off = learnt(x) - model(x)
+    assert float(off.mean(0).norm()) < 0.02 * float(off.norm(dim=1).mean())
