@@ -14,7 +14,8 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Two processes of one thread each: small tensors gain nothing from more threads, and a suite does from more processes.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# One that dies ends the run: tests handed on to another have been seen to wait for ever.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 .PHONY: setup demo test test-slow check bench clean
 

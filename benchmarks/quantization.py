@@ -43,7 +43,6 @@ from featherweight.machine import processor
 
 HERE = Path(__file__).resolve().parent
 NNCF_SAMPLES = 300  # its default
-ENDS = {"_conv_stem*": 8, "_blocks.0.*": 8, "_fc": 8, "*": 4}  # of EfficientNet-Lite0, as papers keep them
 
 
 def answers(model: nn.Module, images: Tensor, size: int = 1) -> Tensor:
@@ -237,7 +236,6 @@ def photographed_network(python: str | None, images: int) -> list[str]:
         ("W4A8 static", (quantize.Static(bits=4),)),
         ("W4A8 static, weights by GPTQ", (quantize.GPTQ(bits=4), static)),
         ("W4A8 static, weights by blocks (BRECQ)", (quantize.BRECQ(bits=4, samples=NNCF_SAMPLES), static)),
-        ("the same, first block and classifier of 8 bits", (quantize.BRECQ(bits=ENDS, samples=NNCF_SAMPLES), static)),
     ]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

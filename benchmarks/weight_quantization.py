@@ -114,32 +114,37 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", help="widths of the tables; 8, 4, 3 and 2 by default")
     parser.add_argument("--samples", type=int, default=256, help="photographs to calibrate on")
     parser.add_argument("--images", type=int, default=1000, help="photographs to judge EfficientNet-Lite0 on")
-    parser.add_argument(
-        "--only", choices=("fashion", "efficientnet", "few"), help="one part, kept in a file of its own"
-    )
+    parser.add_argument("--parts", nargs="+", choices=tuple(HEADINGS), default=tuple(HEADINGS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     lines: list[str] = []
-    if given.only in (None, "fashion"):
+    if "fashion" in given.parts:
         network, task = fashion.load_network(), fw.Task(fashion.calibration(0)[0][:1], fashion.calibration(0))
-        lines += ["## ResNet-14 on Fashion-MNIST", "", f"float32: {fashion.accuracy(network):.2f} % right.", ""]
+        lines += [f"## {HEADINGS['fashion']}", "", f"float32: {fashion.accuracy(network):.2f} % right.", ""]
         lines += [*table(network, task, fashion.accuracy, tuple(given.bits or (8, 4, 3, 2)), {}), ""]
         lines += ["Bits chosen by layer against the same bits everywhere, GPTQ:", ""]
         lines += [*mixed(network, task, fashion.accuracy, (4, 3, 2)), ""]
-    if given.only in (None, "few"):
-        lines += ["## Binary and ternary weights", "", *few_bits(given.epochs), ""]
-    if given.only in (None, "efficientnet"):
+    if "few" in given.parts:
+        lines += [f"## {HEADINGS['few']}", "", *few_bits(given.epochs), ""]
+    if "efficientnet" in given.parts:
         network = photographs.load_network()
         images = photographs.photographs(given.samples, seed=0)
         task = fw.Task(images[:1], images.split(16))
         score = agreement(network, photographs.photographs(given.images, seed=100))
-        lines += ["## EfficientNet-Lite0", "", f"Agreement with float32 on {given.images} photographs, per cent.", ""]
-        lines += [*table(network, task, score, tuple(given.bits or (8, 4, 3)), {"steps": 100, "batch": 16}), ""]
+        lines += [f"## {HEADINGS['efficientnet']}", ""]
+        lines += [f"Agreement with float32 on {given.images} photographs, per cent.", ""]
+        lines += [*table(network, task, score, tuple(given.bits or (8, 4, 3)), {"batch": 16}), ""]
         lines += ["Bits chosen by layer against the same bits everywhere, GPTQ:", ""]
         lines += [*mixed(network, task, score, (4, 3) if not given.bits else (4,)), ""]
-    name = "weight_quantization" if given.only is None else f"weight_quantization_{given.only}"
-    publish(name, __doc__ or "", lines, given.write)
+    chosen = [HEADINGS[part] for part in given.parts]
+    publish("weight_quantization", __doc__ or "", lines[:-1], given.write, parts=chosen)
 
+
+HEADINGS = {
+    "fashion": "ResNet-14 on Fashion-MNIST",
+    "few": "Binary and ternary weights",
+    "efficientnet": "EfficientNet-Lite0",
+}
 
 if __name__ == "__main__":
     main()
