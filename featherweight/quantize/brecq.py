@@ -261,7 +261,7 @@ def _biases(
     made: dict[str, Tensor] = {}
     for name in block.layers:
         bias, key = plain.get_submodule(name).bias, f"{name}.bias" if name else "bias"
-        if isinstance(bias, Tensor):
+        if isinstance(bias, Tensor) and name in wanted:
             made[key] = bias + wanted[name] - _means(plain, block, {**weights, **made}, batches)[name]
     return made
 
@@ -269,16 +269,20 @@ def _biases(
 def _means(
     module: nn.Module, block: Block, tensors: Mapping[str, Tensor], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """The mean of every channel that a layer puts out, by layer, with these tensors in place of the block's own."""
+    """The mean of every channel that a layer puts out, by layer, with these tensors in place of the block's own.
+
+    Over all calls of a layer; one that is never called has none.
+    """
     args, kwargs = block.more
-    found: dict[str, Tensor] = {}
-    samples = sum(len(x) for x in batches)
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
     def watch(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        def hook(layer: nn.Module, inputs: Any, answer: Tensor) -> None:
             channel = answer.ndim - (1 if isinstance(layer, nn.Linear) else cast(Tensor, layer.weight).ndim - 1)
-            mean = answer.mean([d for d in range(answer.ndim) if d != channel]) * (len(inputs[0]) / samples)
-            found[name] = found[name] + mean if name in found else mean
+            total = answer.mean([d for d in range(answer.ndim) if d != channel]) * len(answer)
+            sums[name] = sums[name] + total if name in sums else total
+            counts[name] = counts.get(name, 0) + len(answer)
 
         return hook
 
@@ -287,7 +291,7 @@ def _means(
             stack.callback(module.get_submodule(name).register_forward_hook(watch(name)).remove)
         for x in batches:
             functional_call(module, dict(tensors), (x, *args), dict(kwargs))
-    return found
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 @dataclass(frozen=True)
