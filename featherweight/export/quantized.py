@@ -286,7 +286,7 @@ class _Emitter:
         self._replace(node, result)
 
     def _strided(self, node: Any) -> None:
-        """A first convolution without its strides, which takes ONNX Runtime's kernel half the time."""
+        """A first convolution without its strides, whose pixels ONNX Runtime's kernel gathers in longer runs."""
         if (
             self.portable
             or node.op_type != "Conv"

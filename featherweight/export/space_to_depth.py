@@ -1,9 +1,10 @@
 """A convolution of few channels that takes strides, as one of more channels that takes none: the same sums.
 
 Kernels for whole numbers gather the pixels under a convolution a run at a time, and the runs of an image's three
-channels are short. With every square of s × s pixels laid into channels beforehand, the runs are s² times as long and
-there is no stride: the "space-to-depth" of MLPerf's ResNet-50 submissions (Ying et al., Image classification at
-supercomputer scale, 2018, arxiv.org/abs/1811.06992, section 3). Weights are only moved, and zeros put between them.
+channels are short. With every square of s × s pixels laid into channels beforehand, as ONNX's operation SpaceToDepth
+does (onnx.ai/onnx/operators/onnx__SpaceToDepth.html), the runs are longer and there is no stride. Output o reads the
+pixels s·o − p … s·o − p + k − 1, which lie in ⌈(k + g) / s⌉ whole squares, g = s·⌈p / s⌉ − p: the weights are only
+moved, with zeros where the squares reach further than the kernel.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class Target:
             rounded.
         signed: whether activations are signed; otherwise unsigned with a zero point.
         signed_products: whether the second operand of a product of two activations is signed and symmetric.
-        signed_padded: whether what a convolution reads that pads is signed and symmetric, where values lie about 0: it
-            corrects the borders of every image where zero is another number than 0.
+        signed_padded: whether what a convolution reads that pads is signed and symmetric, where values lie about 0:
+            its kernels are slower where zero is another number than 0.
         per_channel: whether a weight has a scale for every output.
         bits: widths of weights and activations that it has integer kernels for.
         saturates: whether sums of two products overflow 16 bits on processors that have no instruction for whole ones
