@@ -299,11 +299,14 @@ class _Emitter:
             return
         numbers = {name: list(node.attributes[name].as_ints()) for name in ("strides", "pads", "dilations")}
         static = shape is not None and len(shape) == 4 and all(isinstance(length, int) for length in shape[2:])
-        zeros = [part.inputs[2].const_value.numpy() for part in (before, weight)]
+        of_input, of_weight = (
+            part.inputs[2].const_value.numpy() if len(part.inputs) > 2 else np.zeros(1, np.int8)
+            for part in (before, weight)
+        )
         # The runtime has SpaceToDepth for unsigned bytes; a weight has gaps where one value is 0 for all outputs.
-        if not static or max(numbers["dilations"]) > 1 or zeros[0].dtype != np.uint8 or np.ptp(zeros[1]):
+        if not static or max(numbers["dilations"]) > 1 or of_input.dtype != np.uint8 or np.ptp(of_weight):
             return
-        codes, zero = weight.inputs[0].const_value.numpy(), int(zeros[1].flat[0])
+        codes, zero = weight.inputs[0].const_value.numpy(), int(of_weight.flat[0])
         size = [int(length) for length in shape[2:]]
         made = unstrided(codes, size, numbers["strides"], numbers["pads"], zero)
         if made is None:
@@ -368,8 +371,11 @@ class _Emitter:
         scale, shape = mark.scale.astype(np.float32), mark.codes.shape
         if readers and all(map(_reads_whole, readers)) and not mark.group and mark.bits <= 8:
             axis = {} if mark.axis is None else {"axis": mark.axis % len(shape)}
-            zero_point = self._constant(mark.zero_point.astype(_stored_as(mark.bits, mark.signed)))
-            return self._add(node, "DequantizeLinear", [value, self._constant(scale), zero_point], axis).outputs[0]
+            parts = [value, self._constant(scale)]
+            # Left out it is 0, for all that ONNX Runtime fuses but a Gemm.
+            if mark.zero_point.any() or any(reader.op_type != "Conv" for reader in readers):
+                parts.append(self._constant(mark.zero_point.astype(_stored_as(mark.bits, mark.signed))))
+            return self._add(node, "DequantizeLinear", parts, axis).outputs[0]
         # Nothing is computed on whole numbers here: in a form that runtimes work out once, as they load the file.
         value = self._cast(node, value, "FLOAT")
         spread = [1] * len(shape)
@@ -473,7 +479,7 @@ class _Emitter:
         codes = np.rint(bias.numpy().astype(np.float64) / step)
         if np.abs(codes).max(initial=0) >= 2**31:
             return
-        parts = [self._constant(array) for array in (codes.astype(np.int32), step, np.zeros_like(step, np.int32))]
+        parts = [self._constant(array) for array in (codes.astype(np.int32), step)]
         axis = {"axis": 0} if step.ndim else {}
         node.replace_input_with(2, self._add(node, "DequantizeLinear", parts, axis).outputs[0])
 
