@@ -231,7 +231,7 @@ class Joined(nn.Module):
 @pytest.mark.parametrize(("target", "ending"), [("onnxruntime-x86", "onnx"), ("openvino", "xml")])
 def test_a_file_rounds_biases_and_sums_as_the_simulation_does(bits, target, ending, tmp_path):
     model = make(Joined)
-    step = quantize.Static(bits=bits, activation_bits=bits, target=target, headroom=False)
+    step = quantize.Static(bits=bits, activation_bits=bits, target=target)
     small = fw.compress(model, step, task=task_of(model))
     path = tmp_path / f"small.{ending}"
     small.export("onnx" if ending == "onnx" else "openvino", path, tolerance=1.0)
@@ -258,6 +258,8 @@ def test_weights_are_in_the_file_as_bytes_with_a_scale_for_every_output(exported
     assert len(weights) == 5
     assert not any(t.dtype == np.float32 and t.size > 64 for t in tensors.values()), "no weight in float32 beside them"
     kinds = {node.op_type for node in graph.node}
+    zeros = [name for name, t in tensors.items() if t.size > 1 and not t.any()]
+    assert len(zeros) == sum(node.op_type == "Gemm" for node in graph.node), "zero points that go without saying"
     assert {"QuantizeLinear", "DequantizeLinear", "GlobalAveragePool"} <= kinds
     assert not kinds & {"Relu", "BatchNormalization", "ReduceMean"}
 
