@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featherweight.curvature.solve import root
-from featherweight.curvature.sweeps import BLOCK, SWEEP_DAMPING
+from featherweight.curvature.sweeps import BLOCK
 
 # Values of some columns, (groups, outputs, columns), and which columns → the nearest values that they may have.
 Nearest = Callable[[Tensor, Tensor], Tensor]
@@ -27,26 +27,18 @@ def errors(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
     return ((moved @ gram) * moved).sum(-1).clamp_min(0)
 
 
-def swept(
-    weight: Tensor,
-    gram: Tensor,
-    nearest: Nearest,
-    held: Tensor | None = None,
-    order: bool = False,
-    damping: float = SWEEP_DAMPING,
-) -> Tensor:
+def swept(weight: Tensor, gram: Tensor, nearest: Nearest, held: Tensor | None = None, order: bool = False) -> Tensor:
     """Round column by column; the columns behind make up for every error as well as they can.
 
-    Frantar et al., algorithm 1: with ``(G + ρ I)⁻¹ = Uᵀ U``, row j of U says how the columns behind column j answer its
+    Frantar et al., algorithm 1: with ``G⁻¹ = Uᵀ U``, row j of U says how the columns behind column j answer its
     error once those before it are fixed.
 
     Args:
         weight: W, (groups, outputs, d), float64.
-        gram: G, (groups, d, d).
+        gram: G, (groups, d, d), damped: see `sweeps.steady`.
         nearest: what values may become.
         held: where they must become zero, of the weight's shape.
         order: begin with the columns whose inputs are largest ("act order").
-        damping: share of the mean diagonal that is added to it.
     Returns:
         Ŵ, of the same shape.
     """
@@ -56,7 +48,7 @@ def swept(
         columns = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
         gram, weight = gram[:, columns][:, :, columns], weight[..., columns]
         held = None if held is None else held[..., columns]
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(root(gram, damping)), upper=True).to(weight)
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(root(gram)), upper=True).to(weight)
     left = weight.clone()
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
@@ -88,7 +80,7 @@ def descended(
     Args:
         weight: W, (groups, outputs, d), float64.
         rounded: where to begin, values that `nearest` allows.
-        gram: G, (groups, d, d), not damped.
+        gram: G, (groups, d, d).
         nearest: what values may become.
         held: where they must stay zero.
         rounds: through all columns, at most.

@@ -15,6 +15,7 @@ for network pruning, 1993). Two ways to go on from there:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,9 +26,12 @@ from featherweight.curvature.gram import Statistics
 from featherweight.curvature.solve import DAMPING, damp, least_squares, root
 from featherweight.forms import Layer
 
-# Of the mean diagonal, where weights are moved: what the data hardly excites must not carry the error away (SparseGPT
-# and GPTQ take 0.01).
+# Of the mean diagonal, where weights are moved and nobody knows how many inputs were seen (SparseGPT and GPTQ: 0.01).
 SWEEP_DAMPING = 1e-2
+# The same, under which what inputs tell of each other is looked at first where that is known: see `steady`.
+FIRST_DAMPING = 0.03
+# The ridge of a fit to changed inputs, as a multiple of that damping: what changes has coefficients half as large.
+CHANGED = 4.0
 # Of the mean diagonal, in the fit to a changed network's inputs: holds weights near where they were.
 RIDGE = 1e-3
 # Columns after which what has been lost is handed on to all columns behind them; between, to the block's own.
@@ -48,6 +52,8 @@ class Matrix:
         gradients: A's diagonal blocks, (groups, outputs / groups, outputs / groups); None to weigh all outputs alike.
         positions: output positions a sample.
         held: where the weight stays zero whatever happens, (groups, outputs / groups, d), bool; None for nowhere.
+        independent: how many independent inputs G is worth, of which there are no more than inputs and no fewer than
+            samples: the geometric mean of both; 0 where nobody counted.
     """
 
     weight: Tensor
@@ -55,6 +61,7 @@ class Matrix:
     gradients: Tensor | None = None
     positions: float = 1.0
     held: Tensor | None = None
+    independent: float = 0.0
 
 
 def matrix(
@@ -68,17 +75,19 @@ def matrix(
         seen: of the layer's inputs. Where they hold a cross moment, the weight is first fitted to what the original
             answered (asymmetric reconstruction: Zhang et al., 2016, section 3.3, arxiv.org/abs/1505.06798).
         held: where the weight must stay zero, of its shape.
-        ridge: of that fit, towards the weight as it is.
+        ridge: of that fit, towards the weight as it is; more where the inputs that were seen call for it.
     """
     flat = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
     held = None if held is None else held.reshape(flat.shape)
     if seen is None:
         return Matrix(flat, held=held)
     gram = seen.gram.to(flat)
+    gradients, independent = _by_group(seen.gradients, groups, flat), math.sqrt(seen.samples * seen.rows)
+    of = Matrix(flat, gram, gradients, seen.positions, held, independent)
     if seen.cross is not None:
-        flat = least_squares(gram, seen.cross.to(flat), ridge, prior=flat)
-        flat = flat if held is None else flat.masked_fill(held, 0)
-    return Matrix(flat, gram, _by_group(seen.gradients, groups, flat), seen.positions, held)
+        flat = least_squares(gram, seen.cross.to(flat), max(ridge, CHANGED * steadiness(of)), prior=flat)
+        of = replace(of, weight=flat if held is None else flat.masked_fill(held, 0))
+    return of
 
 
 def of_layer(layer: Layer, seen: Statistics | None) -> Matrix:
@@ -90,6 +99,45 @@ def of_layer(layer: Layer, seen: Statistics | None) -> Matrix:
 def groups_of(layer: Layer) -> int:
     """The groups of a convolution; 1 for a Linear."""
     return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
+def steady(of: Matrix, damping: float | None = None) -> Tensor:
+    """G with so much on its diagonal that weights do not make up for each other where it is mere chance that they can.
+
+    What a column's error does is made good by a regression on the columns behind it. Of few inputs that regression
+    learns their noise, and on others the errors are there in full. The ridge against that is σ² d / n for coefficients
+    of norm 1, σ² the variance that the others leave unexplained (Hoerl, Kennard & Baldwin, Ridge regression: some
+    simulations, Communications in Statistics 4, 1975). Layers of EfficientNet-Lite0 rounded so came within a few per
+    cent of the least error on unseen photographs that any damping gave them, whether 8 or 1,024 had been looked at;
+    with 0.01 those of few inputs lost up to twice as much.
+
+    Args:
+        of: the layer, with its gram.
+        damping: as a share of the mean diagonal; None for what the inputs call for.
+    Returns:
+        (groups, d, d), float64.
+    """
+    assert of.gram is not None
+    return damp(of.gram, steadiness(of) if damping is None else damping)
+
+
+def steadiness(of: Matrix) -> float:
+    """The damping that the inputs call for, as a share of the mean diagonal."""
+    assert of.gram is not None
+    size = float(of.gram.diagonal(dim1=1, dim2=2).mean())
+    if not of.independent or not size > 0:
+        return SWEEP_DAMPING
+    unexplained = float(conditional(damp(of.gram, FIRST_DAMPING)).mean()) / size
+    return of.weight.shape[-1] / of.independent * unexplained
+
+
+def conditional(gram: Tensor) -> Tensor:
+    """The variance of each input given those behind it, largest first as in `swept`: 1 / U_jj², (groups, 1, d)."""
+    columns = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
+    factor = torch.linalg.cholesky(inverse(gram[:, columns][:, :, columns]), upper=True).double()
+    found = torch.empty(len(gram), 1, len(columns), dtype=torch.float64, device=gram.device)
+    found[..., columns] = factor.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None, :]
+    return found
 
 
 def loss(of: Matrix, replaced: Tensor) -> float:
@@ -136,9 +184,9 @@ def row_weights(of: Matrix) -> Tensor:
     return of.gradients.diagonal(dim1=1, dim2=2).clamp_min(0)[..., None] * (0.5 * of.positions)
 
 
-def inverse(gram: Tensor, damping: float = SWEEP_DAMPING) -> Tensor:
-    """The inverse of the damped gram: (..., d, d)."""
-    found: Tensor = torch.cholesky_inverse(root(gram, damping))
+def inverse(gram: Tensor) -> Tensor:
+    """The inverse of a gram, damped by what numbers need: (..., d, d)."""
+    found: Tensor = torch.cholesky_inverse(root(gram))
     return found
 
 

@@ -96,7 +96,7 @@ class OBS(Unstructured):
 
 
 def _prepared(layer: Layer, seen: Statistics | None) -> tuple[Matrix, Tensor]:
-    """The layer as matrices, and which of its weights are worth nothing: zero already, or of an input that never is.
+    """The layer as matrices, G damped, and which weights are worth nothing: zero already, or of an input that never is.
 
     Damping would have the latter matter; SparseGPT sets them to zero first, and so does this.
     """
@@ -105,7 +105,7 @@ def _prepared(layer: Layer, seen: Statistics | None) -> tuple[Matrix, Tensor]:
     inputs = of.gram.diagonal(dim1=1, dim2=2)
     dead = (inputs <= 1e-7 * inputs.mean(1, keepdim=True))[:, None]
     gone = (layer.weight.detach() == 0).reshape(of.weight.shape) | dead
-    return replace(of, weight=of.weight.masked_fill(dead, 0)), gone
+    return replace(of, weight=of.weight.masked_fill(dead, 0), gram=sweeps.steady(of)), gone
 
 
 def _alone(of: Matrix) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import adarounded
-from featherweight.curvature.sweeps import Matrix
+from featherweight.curvature.sweeps import Matrix, steady
 from featherweight.forms import Layer
 from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.rounding import Lattice, Rounding, TwoValues
@@ -32,11 +32,10 @@ class AdaRound(Rounding):
     steps: int = 1000
 
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
-        assert of.gram is not None
         if isinstance(lattice, TwoValues):  # there is no up and down
             return GPTQ().rounded(of, lattice)
         scale, shift, low, high = lattice.scale, lattice.zero_point, lattice.low, lattice.high
-        return adarounded(of.weight, of.gram, scale, shift, low, high, of.held, self.steps)
+        return adarounded(of.weight, steady(of), scale, shift, low, high, of.held, self.steps)
 
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
         # Learning for every option would take too long: a sweep ends nearly as low.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import descended, swept
-from featherweight.curvature.sweeps import SWEEP_DAMPING, Matrix
+from featherweight.curvature.sweeps import Matrix, steady
 from featherweight.forms import Layer
 from featherweight.quantize.rounding import Lattice, Rounding
 from featherweight.search.options import Option
@@ -26,18 +26,19 @@ class GPTQ(Rounding):
 
     Attributes:
         order: begin with the columns whose inputs are largest.
-        damping: of the Gram matrix, as a share of its mean diagonal.
+        damping: of the Gram matrix, as a share of its mean diagonal (the paper: 0.01); None for what the inputs that
+            were seen call for: more, the fewer there are and the less they tell of each other.
         rounds: of coordinate descent afterwards, at most; 0 for the paper's own result.
     """
 
     order: bool = False
-    damping: float = SWEEP_DAMPING
+    damping: float | None = None
     rounds: int = 4
 
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
-        assert of.gram is not None
-        found = swept(of.weight, of.gram, lattice.nearest, of.held, self.order, self.damping)
-        return descended(of.weight, found, of.gram, lattice.nearest, of.held, self.rounds) if self.rounds else found
+        gram = steady(of, self.damping)
+        found = swept(of.weight, gram, lattice.nearest, of.held, self.order)
+        return descended(of.weight, found, gram, lattice.nearest, of.held, self.rounds) if self.rounds else found
 
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
         if not self.rounds:

@@ -24,8 +24,7 @@ from featherweight import artifact
 from featherweight.batch import sketch
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import swept
-from featherweight.curvature.solve import root
-from featherweight.curvature.sweeps import Matrix, matrix
+from featherweight.curvature.sweeps import Matrix, conditional, matrix, steadiness, steady
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import BudgetError
 from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer
@@ -60,8 +59,6 @@ NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
 # Added to the curvature of outputs and of inputs, as shares of their means: what few samples say nothing of is not
 # free.
 OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
-# The same of inputs in the sweep. Between what is best for few samples of wide layers and for many of narrow ones.
-FEEDBACK_DAMPING = 0.03
 FAR_APART = "its numbers lie too far apart for one step of 16 bits, and stay as they are"
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -389,17 +386,8 @@ def settled(of: Matrix, matters: Tensor) -> Tensor:
     if of.gram is None:
         return matters
     inputs = of.gram.diagonal(dim1=1, dim2=2)[:, None, :].clamp_min(0)
-    return matters * conditional(of.gram, INPUTS_DAMPING) / (inputs + INPUTS_DAMPING * inputs.mean()).clamp_min(1e-300)
-
-
-def conditional(gram: Tensor, damping: float) -> Tensor:
-    """The variance of each input given those behind it in the order of `swept`: 1 / U_jj², (groups, 1, d)."""
-    columns = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
-    ordered = root(gram[:, columns][:, :, columns], damping)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(ordered), upper=True).double()
-    found = torch.empty(len(gram), 1, len(columns), dtype=torch.float64, device=gram.device)
-    found[..., columns] = factor.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None, :]
-    return found
+    damping = INPUTS_DAMPING + steadiness(of)
+    return matters * conditional(steady(of, damping)) / (inputs + damping * inputs.mean()).clamp_min(1e-300)
 
 
 def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, feedback: bool) -> Tensor:
@@ -425,7 +413,8 @@ def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, fee
         return numbers
     price = Price.learned(numbers)
     # In a sweep a column's error counts for what the columns behind it cannot make up for.
-    alone = conditional(of.gram, FEEDBACK_DAMPING)
+    gram = steady(of)
+    alone = conditional(gram)
     inputs = of.gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     outputs = matters.mean(-1, keepdim=True) / inputs.clamp_min(1e-300)
 
@@ -435,7 +424,7 @@ def rounded(of: Matrix, matters: Tensor, step: float, weight_of_bits: float, fee
             return whole.round() * step
         return cheapest(whole, (alone * outputs)[..., columns] * step**2, slope, price.at(columns)) * step
 
-    return (swept(of.weight, of.gram, nearest, of.held, order=True, damping=FEEDBACK_DAMPING) / step).round()
+    return (swept(of.weight, gram, nearest, of.held, order=True) / step).round()
 
 
 @dataclass(frozen=True)

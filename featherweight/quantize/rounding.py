@@ -14,7 +14,7 @@ from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import errors, rescaled
-from featherweight.curvature.sweeps import Matrix, loss, matrix
+from featherweight.curvature.sweeps import Matrix, loss, matrix, steady
 from featherweight.errors import did_you_mean
 from featherweight.forms import Binary, Constraint, Float, Form, Grid, Layer, Ternary, constraints_on
 from featherweight.forms.floats import TYPES
@@ -220,6 +220,7 @@ class Rounding(Layerwise):
             found, scale = self.few(of, form, shape)
             return found, scale, None
         assert isinstance(form, Grid)
+        gram = None if of.gram is None else steady(of)
         scale, zero_point = scales(of, form, shape, self.ranges)
         shift = laid_out(zero_point, form, shape, of)
         # Of few values the best scale depends much on how they are rounded: both are found in turn.
@@ -228,16 +229,16 @@ class Rounding(Layerwise):
         for _ in range(2 if fitted and form.bits <= 3 else 1):
             lattice = Lattice(laid_out(scale, form, shape, of), shift, form.low, form.high)
             plain = lattice.nearest(of.weight)
-            if of.gram is None:
+            if gram is None:
                 return plain, scale, zero_point
             found = self.rounded(of, lattice)
             # Rows are independent of each other: each takes what is better for it.
-            better = errors(of.weight, found, of.gram) <= errors(of.weight, plain, of.gram)
+            better = errors(of.weight, found, gram) <= errors(of.weight, plain, gram)
             found = torch.where(better[..., None], found, plain)
             if fitted:
-                factor = rescaled(of.weight, found, of.gram)
+                factor = rescaled(of.weight, found, gram)
                 found, scale = found * factor, scale * factor.flatten().float()
-            left = errors(of.weight, found, of.gram)
+            left = errors(of.weight, found, gram)
             if best is not None:
                 better = left < best[0]
                 left, found = torch.where(better, left, best[0]), torch.where(better[..., None], found, best[1])
@@ -263,20 +264,21 @@ class Rounding(Layerwise):
             # The third level of a grid of 2 bits is its fourth left out: ranges are looked for as for a grid.
             scale, _ = three_values(layout.rows(target.float()))
         kind = TwoValues if isinstance(form, Binary) else Lattice
+        gram = None if of.gram is None else steady(of)
         best: tuple[float, Tensor, Tensor] | None = None
         for _ in range(rounds):
             each = laid_out(scale, layout, shape, of)
             lattice = kind(each, torch.zeros_like(each), -1, 1)
-            found = lattice.nearest(of.weight) if of.gram is None else self.rounded(of, lattice)
+            found = lattice.nearest(of.weight) if gram is None else self.rounded(of, lattice)
             # Least squares of one factor for all that a scale stands for.
-            seen = found if of.gram is None else found @ of.gram
+            seen = found if gram is None else found @ gram
             above = layout.rows((seen * of.weight).reshape(shape)).sum(-1)
             below = layout.rows((seen * found).reshape(shape)).sum(-1)
             factor = torch.where((above > 0) & (below > 0), above / below.clamp_min(1e-300), 1)
             scale = (scale.double() * factor).clamp(min=torch.finfo(torch.float32).tiny).float()
             found = found * laid_out(factor, layout, shape, of)
             moved = of.weight - found
-            left = float((moved * (moved if of.gram is None else moved @ of.gram)).sum())
+            left = float((moved * (moved if gram is None else moved @ gram)).sum())
             if best is not None and left >= best[0] * (1 - 1e-6):
                 break
             best = left, found, scale

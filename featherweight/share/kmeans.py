@@ -176,7 +176,7 @@ class KMeans(Layerwise):
             and bool(gone.any())
             and not torch.equal(weight, layer.weight.detach().reshape(weight.shape))
         ):
-            weight = sweeps.refit(of.weight, of.gram, ~gone, weight)
+            weight = sweeps.refit(of.weight, sweeps.steady(of), ~gone, weight)
         matters = sweeps.diagonal(of) if aware else torch.ones_like(weight)
         vectors = _vectors(weight.reshape(layer.weight.shape), form)
         each = _vectors(matters.reshape(layer.weight.shape), form).mean(2)
@@ -208,8 +208,7 @@ class KMeans(Layerwise):
             codes[..., column].masked_fill_(gone[..., column], 0)
             return found.masked_fill(gone[..., column], 0)
 
-        assert of.gram is not None
-        sweeps.rounded(of.weight, of.gram, value)
+        sweeps.rounded(of.weight, sweeps.steady(of), value)
         return codes.reshape(shape[0], -1)
 
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:

@@ -59,7 +59,8 @@ def test_no_row_is_worse_than_before_and_few_are_far_from_the_best(seed):
 def test_a_sweep_is_gptq_as_its_paper_writes_it(order):
     weight, gram = problem(1, 4, 150, 3)  # more than one block of columns
     nearest = to_grid()
-    damped = damp(gram, 0.01)[0].numpy()
+    gram = damp(gram, 0.01)
+    damped = damp(gram)[0].numpy()
     w, width = weight[0].numpy().copy(), 150
     columns = np.argsort(-gram[0].diagonal().numpy(), kind="stable") if order else np.arange(width)
     # The paper's own steps: quantize a column, push its error on by the inverse of what is left, take it out.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from featherweight.batch import Inputs
 from featherweight.curvature import gather, sweeps
+from featherweight.curvature.rounding import swept
 from featherweight.curvature.solve import damp
 
 
@@ -53,7 +54,7 @@ def test_a_refit_is_least_squares_on_each_rows_support(seed: int) -> None:
 def test_each_step_costs_what_the_refitted_error_rises_by() -> None:
     of = problem(3, rows=4)
     order, costs = sweeps.eliminate(of.weight[0], of.gram[0])
-    damped = sweeps.Matrix(of.weight, damp(of.gram, sweeps.SWEEP_DAMPING))
+    damped = sweeps.Matrix(of.weight, damp(of.gram))
     gone = torch.zeros(1, 4, 6, dtype=torch.bool)
     total = torch.zeros(4, dtype=torch.float64)
     for step in range(6):
@@ -72,7 +73,7 @@ def test_each_step_costs_what_the_refitted_error_rises_by() -> None:
 def test_the_first_weight_to_go_is_the_one_that_brute_force_takes() -> None:
     for seed in range(8):
         of = problem(seed, rows=1)
-        damped = sweeps.Matrix(of.weight, damp(of.gram, sweeps.SWEEP_DAMPING))
+        damped = sweeps.Matrix(of.weight, damp(of.gram))
         order, _ = sweeps.eliminate(of.weight[0], of.gram[0])
         losses = []
         for column in range(6):
@@ -171,3 +172,36 @@ def test_a_layers_matrix_answers_as_the_layer_does() -> None:
         wrong = (layer(x) - zeroed(x)).square().sum() / layer(x).square().sum()
     lost = sweeps.loss(of, (layer.weight.detach() * stay).reshape(of.weight.shape))
     assert lost == pytest.approx(float(wrong), rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [24, 100, 1000])
+def test_what_few_rows_say_serves_inputs_that_were_not_seen(rows: int) -> None:
+    """Rounded with the damping that the rows call for, a layer errs on new inputs as little as with any."""
+    draw = torch.Generator().manual_seed(rows)
+    width = 96
+    spread = torch.linspace(0, 4, width, dtype=torch.float64).neg().exp()
+    mixing = torch.linalg.qr(torch.randn(width, width, generator=draw, dtype=torch.float64))[0] * spread
+    x = torch.randn(rows, width, generator=draw, dtype=torch.float64) @ mixing.T
+    weight = torch.randn(1, 64, width, generator=draw, dtype=torch.float64)
+    of = sweeps.Matrix(weight, (x.T @ x / rows)[None], independent=rows)
+    truth = sweeps.Matrix(weight, (mixing @ mixing.T)[None])
+
+    def left(damping: float | None) -> float:
+        found = swept(weight, sweeps.steady(of, damping), lambda values, _: (2 * values).round() / 2)
+        return error(truth, found)
+
+    assert left(None) < 1.15 * min(left(damping) for damping in (0.001, 0.01, 0.03, 0.1, 0.3, 1.0))
+    assert rows > width or left(None) < 0.9 * left(0.001)
+    assert sweeps.steadiness(truth) == sweeps.SWEEP_DAMPING
+
+
+def test_inputs_count_for_as_many_as_between_samples_and_positions() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = gather(nn.Sequential(layer), {"0": layer}, [Inputs((x,))], effort=100.0)["0"]
+    of = sweeps.of_layer(layer, seen)
+    assert seen.rows == 5 * 36
+    assert of.independent == pytest.approx((5 * 180) ** 0.5)
+    # More samples that say the same leave less in doubt.
+    more = sweeps.of_layer(layer, gather(nn.Sequential(layer), {"0": layer}, [Inputs((x,))] * 4, effort=100.0)["0"])
+    assert sweeps.steadiness(more) == pytest.approx(sweeps.steadiness(of) / 4, rel=1e-4)
