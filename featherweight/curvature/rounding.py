@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featherweight.curvature.solve import root
-from featherweight.curvature.sweeps import BLOCK
+from featherweight.curvature.sweeps import BLOCK, inverse
 
 # Values of some columns, (groups, outputs, columns), and which columns → the nearest values that they may have.
 Nearest = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +47,7 @@ def swept(weight: Tensor, gram: Tensor, nearest: Nearest, held: Tensor | None = 
         columns = gram.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True)
         gram, weight = gram[:, columns][:, :, columns], weight[..., columns]
         held = None if held is None else held[..., columns]
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(root(gram)), upper=True).to(weight)
+    upper: Tensor = torch.linalg.cholesky(inverse(gram), upper=True).to(weight)
     left = weight.clone()
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
