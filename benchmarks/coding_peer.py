@@ -51,11 +51,14 @@ def nncodec(state, qp, out):
     """NNCodec on a state dict, its values back in another file."""
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")  # which its imports ask for, and nothing here uses
-    for name in ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
-                 "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d",
-                 "_deform_conv2d_backward"):  # fmt: skip
-        library.define(f"{name}() -> ()")
+    try:
+        import torchvision  # noqa: F401 - one that goes with this torch
+    except (ImportError, RuntimeError):
+        library = torch.library.Library("torchvision", "DEF")  # which its imports ask for, and nothing here uses
+        for name in ("nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward",
+                     "ps_roi_align", "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward",
+                     "deform_conv2d", "_deform_conv2d_backward"):  # fmt: skip
+            library.define(f"{name}() -> ()")
     import numpy as np
     from nncodec.nn import decode, encode
 

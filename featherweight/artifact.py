@@ -154,19 +154,23 @@ def _confined(model: nn.Module) -> dict[str, _Confined]:
         held = list(cast(Any, module).parametrizations[tensor])
         if all(isinstance(constraint, Constrained) for constraint in held):  # and none of the user's own
             with torch.no_grad():
-                found |= _of_tensor(place, held, getattr(module, tensor).detach())
+                beneath = cast(Any, module).parametrizations[tensor].original
+                found |= _of_tensor(place, held, beneath, made_of(beneath, held))
     return found
 
 
-def _of_tensor(place: str, held: Sequence[Constrained], value: Tensor) -> dict[str, _Confined]:
+def _of_tensor(place: str, held: Sequence[Constrained], beneath: Tensor, value: Tensor) -> dict[str, _Confined]:
     """A confined tensor's values, and of its constraints' buffers those that need not say again what a mask says."""
     masks = tuple(f"{place}.{number}.mask" for number, constraint in enumerate(held) if isinstance(constraint, Masked))
     kept = kept_places([constraint.mask for constraint in held if isinstance(constraint, Masked)], value.shape)
-    if not torch.equal(made_of(value, held), value) or bool(value[~kept.to(value.device)].any()):
+    if not torch.equal(beneath, value) and not torch.equal(made_of(value, held), value):
+        return {}
+    if masks and bool(value[~kept.to(value.device)].any()):
         return {}
     found = {}
     written = kept if masks else None
-    if torch.equal(made_of(torch.zeros_like(value), held), value):
+    of_nothing = any(constraint.all_its_own for constraint in held) or not bool(value.any())
+    if of_nothing and torch.equal(made_of(torch.zeros_like(value), held), value):
         found[f"{place}.original"] = _Confined((), None, len(held), value)
     elif (coded := _coded(held, value, kept)) is not None:
         found[f"{place}.original"] = _Confined(masks, written, *coded)
@@ -185,15 +189,10 @@ def _coded(held: Sequence[Constrained], value: Tensor, kept: Tensor) -> tuple[in
     for number, constraint in reversed(list(enumerate(held))):
         codes = constraint.codes(value)
         if codes is not None:
-            right = constraint.decoded(codes).cpu() == value.cpu()
-            exact = bool((right | ~kept).all())
-            return (number, codes - zero_codes(constraint, value)) if exact else None
+            again = constraint.decoded(codes)
+            exact = torch.equal(again, value) or bool(((again == value).cpu() | ~kept).all())
+            return (number, codes - constraint.zero_codes(torch.zeros_like(value))) if exact else None
     return None
-
-
-def zero_codes(constraint: Constrained, like: Tensor) -> Tensor:
-    """The numbers that a constraint has for zeros, of the shape of `like`."""
-    return cast(Tensor, constraint.codes(torch.zeros_like(like)))
 
 
 def made_of(value: Tensor, held: Sequence[Constrained]) -> Tensor:
@@ -452,7 +451,7 @@ class Opened(Mapping[str, Tensor]):
                 return zeros
             constraint = held[entry.coded]
             codes = torch.from_numpy(_whole(stream, entry.shape, kept)).to(device)
-            value = constraint.decoded(codes + zero_codes(constraint, zeros))
+            value = constraint.decoded(codes + constraint.zero_codes(zeros))
             return value if kept is None else torch.where(kept.to(device), value, zeros)
 
     def written(self, name: str) -> Tensor:

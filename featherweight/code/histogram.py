@@ -102,10 +102,17 @@ def best_tables(counts: Whole) -> lanes.Tables:
         counts: (contexts, symbols).
     """
     needed = int((counts > 0).sum(1).max()).bit_length()
-    tried = [lanes.Tables(lanes.normalised(counts, p), p) for p in PRECISIONS if p > needed]
-    sizes = [tables.bits(counts) + float(gamma_lengths(tables.frequencies + 1).sum()) for tables in tried]
-    # The first that is as good as the best: small tables stay in the processor's nearest memory.
-    return next(tables for tables, size in zip(tried, sizes, strict=True) if size <= 1.0003 * min(sizes) + 1)
+    best, least = None, np.inf
+    for precision in (p for p in PRECISIONS if p > needed):
+        tables = lanes.Tables(lanes.normalised(counts, precision), precision)
+        size = tables.bits(counts) + float(gamma_lengths(tables.frequencies + 1).sum())
+        if best is not None and size > least:
+            break  # finer tables take more than they save
+        # The first that is as good as the best: small tables stay in the processor's nearest memory.
+        if least > 1.0003 * size + 1:
+            best, least = tables, size
+    assert best is not None
+    return best
 
 
 def entropy_bytes(counts: Whole) -> float:

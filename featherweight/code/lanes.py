@@ -68,14 +68,18 @@ def normalised(counts: Whole, precision: int) -> Whole:
         counts: (contexts, symbols), from 0; no more symbols of a row may occur than ``2^precision``.
         precision: bits.
     """
-    total = counts.sum(1, keepdims=True)
-    scaled = np.where(counts > 0, np.maximum(1, (counts << precision) // np.maximum(total, 1)), 0)
-    scaled[:, 0] += np.where(total[:, 0] == 0, 1 << precision, 0)
-    for row in scaled:  # what rounding left over goes to, or comes from, the most frequent
-        short = (1 << precision) - int(row.sum())
+    whole, total = 1 << precision, counts.sum(1, keepdims=True)
+    scaled: Whole = (counts * whole) // np.maximum(total, 1)
+    np.maximum(scaled, counts > 0, out=scaled)
+    scaled[total[:, 0] == 0, 0] = whole
+    missing = whole - scaled.sum(1)
+    for index in missing.nonzero()[0].tolist():
+        # What rounding left over goes to, or comes from, the most frequent.
+        row, short = scaled[index], int(missing[index])
         while short:
             largest = int(row.argmax())
-            step = short if short > 0 else max(short, 1 - int(row[largest]), -max(1, int(row[largest]) // 2))
+            most = int(row[largest])
+            step = short if short > 0 else max(short, 1 - most, -max(1, most // 2))
             row[largest] += step
             short -= step
     return scaled
@@ -91,8 +95,10 @@ def encode(symbols: Whole, tables: Tables, contexts: Whole | None = None) -> byt
     """
     count, width = len(symbols), tables.frequencies.shape[1]
     places = symbols if contexts is None else contexts * width + symbols
-    each = np.bincount(places, minlength=tables.frequencies.size).reshape(tables.frequencies.shape)
-    lanes = int(min(LANES, count // LEAST_SYMBOLS, tables.bits(each) / 8 // BYTES_PER_LANE))
+    lanes = min(LANES, count // LEAST_SYMBOLS)
+    if lanes >= LEAST_LANES:
+        each = np.bincount(places, minlength=tables.frequencies.size).reshape(tables.frequencies.shape)
+        lanes = min(lanes, int(tables.bits(each) / 8 // BYTES_PER_LANE))
     if lanes < LEAST_LANES:
         return varint(0) + single.encode(symbols, tables, contexts)
     starts, frequencies = tables.starts.ravel().astype(np.uint64), tables.frequencies.ravel().astype(np.uint64)

@@ -94,11 +94,13 @@ class Reader:
             ArtifactError: it is longer, or not over where the data is.
         """
         value = 0
-        for shift in range(0, 70, 7):
-            byte = self.byte()
+        for shift, byte in zip(range(0, 70, 7), self._data[self._at : self._at + 10], strict=False):
             value |= (byte & 127) << shift
             if byte < 128:
+                self._at += shift // 7 + 1
                 return value
+        if self.left < 10:
+            self.take(self.left + 1)
         raise ArtifactError("a number in it has no end")
 
     def varint_to(self, most: int) -> int:
@@ -125,17 +127,14 @@ class Reader:
         Raises:
             ArtifactError: they are no such numbers.
         """
-        bits = np.unpackbits(np.frombuffer(self._data[self._at :], np.uint8)[: 8 * count + 8]).tolist()
+        bits = (np.unpackbits(np.frombuffer(self._data[self._at :], np.uint8)[: 8 * count + 8]) + ord("0")).tobytes()
         at, found = 0, []
         for _ in range(count):
-            try:
-                one = bits.index(1, at, at + 32)
-            except ValueError:
-                raise ArtifactError("a table in it makes no sense") from None
+            one = bits.find(b"1", at, at + 32)
             end = 2 * one - at + 1
-            if end > len(bits):
+            if one < 0 or end > len(bits):
                 raise ArtifactError("a table in it makes no sense")
-            found.append(int("".join(map(str, bits[one:end])), 2))
+            found.append(int(bits[one:end], 2))
             at = end
         self.take(-(-at // 8))
         return np.array(found, np.int64).reshape(count)

@@ -39,8 +39,9 @@ MIXED_LIMIT = 1 << 22
 MIXED_TRIED = 1 << 20
 # Of so large a share, the most frequent number is worth saying apart where it is.
 SPARSE_SHARE = 0.6
-# The saving for which a plane of bytes is coded at all.
+# The saving for which a plane of bytes is coded at all, and of how many bytes there is none.
 WORTH = 0.995
+FEW = 3
 
 
 # Whole numbers ----------------------------------------------------------------------------------------------------
@@ -58,10 +59,11 @@ def encode_whole(
         center: the number that stands for nothing, where that is known.
     """
     coded = values.ravel() if kept is None else values[kept]
-    if len(coded) and int(coded.max()) - int(coded.min()) >= histogram.ALPHABET:
+    span = int(coded.max()) - int(coded.min()) if len(coded) else 0
+    if span >= histogram.ALPHABET:
         return None
     tried = [_by_table(coded, coding == "huffman")]
-    if coding == "small" and len(coded) and coded.min() < coded.max() and values.size <= MIXED_TRIED:
+    if coding == "small" and span and values.size <= MIXED_TRIED:
         shape = matrix(values.shape)
         mask = None if kept is None else kept.reshape(shape)
         tried.append(bytes([MIXED]) + mixing.encode(values.reshape(shape), mask, center))
@@ -94,10 +96,7 @@ def decode_whole(data: Reader, shape: tuple[int, ...], kept: Flags | None = None
 
 def _by_table(values: Whole, by_huffman: bool) -> bytes:
     """Numbers, (n,), block after block."""
-    sparse = False
-    if len(values):
-        counts = np.bincount(values - values.min())
-        sparse = SPARSE_SHARE < counts.max() / len(values) < 1
+    sparse = len(values) > 1 and SPARSE_SHARE < np.bincount(values - values.min()).max() / len(values) < 1
     method = (SPARSE_HUFFMAN if sparse else HUFFMAN) if by_huffman else (SPARSE if sparse else TABLE)
     parts = [bytes([method])]
     for begin in range(0, len(values), BLOCK):
@@ -225,12 +224,16 @@ def _encode_planes(elements: Elements, coding: Coding) -> bytes:
     """Elements byte by byte, the highest first: exponents repeat much, the last digits hardly."""
     count, width = len(elements), elements.dtype.itemsize
     planes = elements.reshape(-1, 1).view(np.uint8)
+    if count <= FEW:
+        return b"".join(bytes([PLAIN]) + planes[:, place].tobytes() for place in range(width - 1, -1, -1))
     above: NDArray[np.uint8] | None = None
     parts: list[bytes] = []
     for place in range(width - 1, -1, -1):
         plane = np.ascontiguousarray(planes[:, place])
         tried = [(float(count), PLAIN)]
-        if coding != "huffman":
+        if coding != "huffman" and plane.min() == plane.max():
+            tried.append((0.0, ALONE))
+        elif coding != "huffman":
             counts = np.bincount(plane, minlength=256)
             tried.append((histogram.entropy_bytes(counts[None]), ALONE))
             if above is not None and place == width - 2:

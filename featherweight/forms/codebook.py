@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,7 @@ class Shared(Constrained):
     centroids: nn.Parameter
     indices: Tensor
     table: Tensor
+    all_its_own: ClassVar[bool] = True
 
     def __init__(self, like: Tensor, form: Codebook) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,13 @@ class Stored:
 
 
 class Constrained(nn.Module):
-    """The base of every parametrization that a constraint builds: a tensor of any values → one that is confined."""
+    """The base of every parametrization that a constraint builds: a tensor of any values → one that is confined.
+
+    Attributes:
+        all_its_own: whether the confined values come of its own parameters and buffers, whatever lies beneath.
+    """
+
+    all_its_own: ClassVar[bool] = False
 
     def forward(self, original: Tensor) -> Tensor:
         """The tensor beneath → the confined one, of the same shape and type."""
@@ -62,6 +68,10 @@ class Constrained(nn.Module):
     def decoded(self, codes: Tensor) -> Tensor:
         """The values that the codes stand for: exactly those that `codes` was given."""
         raise NotImplementedError
+
+    def zero_codes(self, zeros: Tensor) -> Tensor:
+        """The codes of zeros, in a shape that broadcasts against theirs; of constraints that have codes."""
+        return cast(Tensor, self.codes(zeros))
 
     def check(self, shape: torch.Size) -> None:
         """See whether the values in the state dict are such as the form says.

@@ -150,6 +150,10 @@ class Gridded(Constrained):
         exact = torch.promote_types(self.kind.dtype, torch.float32)
         return ((codes + form.low - zero_point).to(exact) * scale.detach().to(exact)).to(self.kind.dtype)
 
+    def zero_codes(self, zeros: Tensor) -> Tensor:
+        """The zero points, counted from the least whole number."""
+        return self.form.spread(self.zero_point, zeros.shape).long() - self.form.low
+
     def stored(self, before: Stored) -> Stored:
         """So many bits a value; the scales, and the zero points where they are not all 0."""
         beside = 32 * self.scale.numel()
