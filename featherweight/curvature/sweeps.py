@@ -284,36 +284,6 @@ def sweep(weight: Tensor, gram: Tensor, choose: Choose, block: int = BLOCK) -> t
     return weight.masked_fill(~stay, 0), stay
 
 
-def rounded(weight: Tensor, gram: Tensor, value: Callable[[Tensor, int], Tensor], block: int = BLOCK) -> Tensor:
-    """Give weights other values column by column, every error made up for by the columns behind it (GPTQ).
-
-    Frantar et al., 2023, section 3, arxiv.org/abs/2210.17323.
-
-    Args:
-        weight: (groups, outputs, d).
-        gram: (groups, d, d).
-        value: what a column's weights become, (groups, outputs) → the same, given the column's index.
-        block: columns after which errors are handed on to all columns behind them.
-    Returns:
-        (groups, outputs, d).
-    """
-    upper: Tensor = torch.linalg.cholesky(inverse(gram), upper=True)
-    weight = weight.double().clone()
-    width = weight.shape[2]
-    for start in range(0, width, block):
-        here = slice(start, min(start + block, width))
-        part, pivots = weight[..., here], upper[:, here, here]
-        lost = torch.zeros_like(part)
-        for i in range(part.shape[2]):
-            found = value(part[..., i], start + i)
-            error = (part[..., i] - found) / pivots[:, i, i, None]
-            part[..., i + 1 :] -= error[..., None] * pivots[:, None, i, i + 1 :]
-            part[..., i] = found
-            lost[..., i] = error
-        weight[..., here.stop :] -= lost @ upper[:, here, here.stop :]
-    return weight
-
-
 def refit(weight: Tensor, gram: Tensor, stay: Tensor, start: Tensor, steps: int = 64) -> Tensor:
     """The values of the weights that stay for which the output is nearest: least squares on every row's own support.
 

@@ -25,6 +25,7 @@ from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature import sweeps
 from featherweight.curvature.gram import Statistics
+from featherweight.curvature.rounding import swept
 from featherweight.edits import Constrain, Edit
 from featherweight.forms import Codebook, Form, Layer, Masked, Shared, beneath, constraints_on
 from featherweight.layers import PerLayer, for_layer
@@ -198,17 +199,20 @@ class KMeans(Layerwise):
         table = form.table_of(shape).expand(shape[0], -1).expand(shape[0], shape[1:].numel()).reshape(gone.shape)
         codes = torch.zeros_like(gone, dtype=torch.long)
 
-        def value(part: Tensor, column: int) -> Tensor:
-            found = torch.zeros_like(part)
-            for index in torch.unique(table[..., column]).tolist():
-                here = table[..., column] == index
+        def centroid(part: Tensor, columns: Tensor) -> Tensor:
+            of_table, found, code = (
+                table[..., columns],
+                torch.zeros_like(part),
+                torch.zeros_like(part, dtype=torch.long),
+            )
+            for index in torch.unique(of_table).tolist():
+                here = of_table == index
                 at = nearest(part[here][:, None], centroids[index])
-                codes[..., column][here] = at + int(form.zero)
-                found[here] = centroids[index, at, 0]
-            codes[..., column].masked_fill_(gone[..., column], 0)
-            return found.masked_fill(gone[..., column], 0)
+                code[here], found[here] = at + int(form.zero), centroids[index, at, 0]
+            codes[..., columns] = code.masked_fill(gone[..., columns], 0)
+            return found
 
-        sweeps.rounded(of.weight, sweeps.steady(of), value)
+        swept(of.weight, sweeps.steady(of), centroid, gone)
         return codes.reshape(shape[0], -1)
 
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:

@@ -131,18 +131,6 @@ def test_blocks_only_say_when_errors_are_handed_on(block: int) -> None:
     part, stay = sweeps.sweep(of.weight, of.gram, lambda part, pivots, here: going[..., here], block=block)
     torch.testing.assert_close(part, whole)
     assert torch.equal(stay, ~going)
-    nearest = [sweeps.rounded(of.weight, of.gram, lambda w, column: w.round(), size) for size in (11, block)]
-    torch.testing.assert_close(*nearest)
-
-
-def test_rounding_with_feedback_loses_less_than_without() -> None:
-    better = 0
-    for seed in range(10):
-        of = problem(seed, rows=8, width=12)
-        fed_back = sweeps.rounded(of.weight, of.gram, lambda w, column: w.round())
-        assert torch.equal(fed_back, fed_back.round())
-        better += error(of, fed_back) < error(of, of.weight.round())
-    assert better == 10
 
 
 def test_the_loss_is_the_quadratic_form() -> None:
