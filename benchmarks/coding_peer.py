@@ -63,13 +63,16 @@ def nncodec(state, qp, out):
     from nncodec.nn import decode, encode
 
     values = dict(np.load(state).items())
-    begun = time.process_time()
-    coded = encode(values, {"qp": int(qp), "results": str(Path(out).parent), "model": "m", "verbose": False})
-    between = time.process_time()
-    back = decode(coded)
-    done = time.process_time()
+    taken = []
+    for _ in range(3):
+        begun = time.process_time()
+        coded = encode(values, {"qp": int(qp), "results": str(Path(out).parent), "model": "m", "verbose": False})
+        between = time.process_time()
+        back = decode(coded)
+        taken.append((between - begun, time.process_time() - between))
     np.savez(out, **{name: np.asarray(value) for name, value in back.items()})
-    return [{"coder": f"NNCodec, qp {qp}", "bytes": len(coded), "encode": between - begun, "decode": done - between}]
+    least = {"encode": min(one for one, _ in taken), "decode": min(other for _, other in taken)}
+    return [{"coder": f"NNCodec, qp {qp}", "bytes": len(coded), **least}]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -31,7 +31,7 @@ from featherweight.code.numbers import Reader
 from featherweight.code.tensors import Coding
 from featherweight.edits import Constrain, Edit
 from featherweight.errors import ArtifactError, EditError, did_you_mean
-from featherweight.forms import Constrained, Masked, constrained_tensors, released
+from featherweight.forms import Constrained, Constraint, Masked, constrained_tensors, released
 from featherweight.ledger import Ledger
 from featherweight.mend import fold_batch_norms
 from featherweight.task import raw_bytes
@@ -222,10 +222,10 @@ def _entry(
         places: the numbers of the entries so far, by name, aliases among them.
         coding: how hard to try.
     """
-    entry = Entry(name, tensor.dtype, tuple(tensor.shape))
     if confined is None:
-        return entry, tensors.encode(tensor, coding)
-    entry = replace(entry, kept=tuple(places[mask] for mask in confined.masks), coded=confined.by)
+        return Entry(name, tensor.dtype, tuple(tensor.shape)), tensors.encode(tensor, coding)
+    masks = tuple(places[mask] for mask in confined.masks)
+    entry = Entry(name, tensor.dtype, tuple(tensor.shape), masks, confined.by)
     if confined.by is not None and confined.values.is_floating_point():  # the constraints make it of nothing
         return entry, b""
     kept = None if confined.kept is None else confined.kept.numpy()
@@ -366,6 +366,10 @@ class Opened(Mapping[str, Tensor]):
     def __post_init__(self) -> None:
         self._entries = {entry.name: entry for entry in self._file.entries} if self._file else {}
         self._names = {_plain(name): name for name in self.stored if not _is_inner(name, self.stored)}
+        self._given: dict[str, list[Constraint]] = {}
+        for edit in self.edits:
+            if isinstance(edit, Constrain):
+                self._given.setdefault(edit.layer, []).append(edit.constraint)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name, decoded anew each time.
@@ -511,7 +515,7 @@ class Opened(Mapping[str, Tensor]):
         """The constraints of one tensor with their values."""
         layer, _, tensor = place.rpartition("parametrizations.")
         dtype, shape = self.stored[f"{place}.original"]
-        given = [e.constraint for e in self.edits if isinstance(e, Constrain) and e.layer == layer.removesuffix(".")]
+        given = self._given.get(layer.removesuffix("."), ())
         like = torch.zeros(shape, dtype=dtype)
         with self._naming(place):
             made = [constraint.parametrization(like) for constraint in given if constraint.tensor == tensor]

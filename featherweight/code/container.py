@@ -319,13 +319,13 @@ def _header(squeezed: bytes, long: int, checksums: bytes, offset: int) -> tuple[
         shape = tuple(read.varint() for _ in range(read.varint_to(64)))
         kept = tuple(read.varint_to(len(names) - 1) for _ in range(read.varint_to(64))) if kind & _KEPT else ()
         coded = read.varint() if kind & _CODED else None
-        entry = Entry(name, DTYPES[kind & 31], shape, kept, coded, offset)
-        if (size := read.varint()) <= INLINE:
-            entries.append(replace(entry, inline=bytes(read.take(size))))
+        size, checksum, inline = read.varint(), 0, None
+        if size <= INLINE:
+            size, inline = 0, bytes(read.take(size))
         else:
             checksum = int.from_bytes(checked.take(4), "little")
-            entries.append(replace(entry, size=size, checksum=checksum))
-            offset += size
+        entries.append(Entry(name, DTYPES[kind & 31], shape, kept, coded, offset, size, checksum, inline))
+        offset += size
     read.end()
     checked.end()
     for entry in entries:

@@ -48,11 +48,21 @@ def encode(values: Whole, by_huffman: bool = False) -> bytes:
     counts = np.bincount(symbols, minlength=span + 1)[None]
     if by_huffman:
         return head + huffman.encode(symbols, counts[0])
-    tables = best_tables(counts)
-    written = head + _table(tables) + lanes.encode(symbols, tables)
     width = span.bit_length()
-    plain = head + bytes([0]) + (_pack(symbols, width) if len(values) * width // 8 < len(written) else b"")
-    return plain if len(head) + 1 < len(plain) <= len(written) else written
+    plain = width * -(-len(values) // 8)
+    if 8 * plain > _least_bits(counts):
+        tables = best_tables(counts)
+        written = _table(tables) + lanes.encode(symbols, tables)
+        if len(written) <= plain:
+            return head + written
+    return head + bytes([0]) + _pack(symbols, width)
+
+
+def _least_bits(counts: Whole) -> float:
+    """No fewer bits are taken by symbols that come so often, (1, symbols), and their table: see `gamma`."""
+    often = counts[counts > 0]
+    total = int(often.sum())
+    return counts.size + 2 * len(often) + float((often * np.log2(total / often)).sum())
 
 
 def decode(data: Reader, count: int, by_huffman: bool = False) -> Whole:
