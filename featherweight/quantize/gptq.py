@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
@@ -35,8 +36,11 @@ class GPTQ(Rounding):
     damping: float | None = None
     rounds: int = 4
 
+    def weighing(self, of: Matrix) -> Tensor | None:
+        return None if of.gram is None else steady(of, self.damping)
+
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
-        gram = steady(of, self.damping)
+        gram = cast(Tensor, self.weighing(of))
         found = swept(of.weight, gram, lattice.nearest, of.held, self.order)
         return descended(of.weight, found, gram, lattice.nearest, of.held, self.rounds) if self.rounds else found
 

@@ -93,6 +93,10 @@ class Rounding(Layerwise):
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
         """The values that the technique rounds to, given a Gram matrix: (groups, outputs, d)."""
 
+    def weighing(self, of: Matrix) -> Tensor | None:
+        """The Gram matrix that errors are weighed by, damped, (groups, d, d); None without data."""
+        return None if of.gram is None else steady(of)
+
     @property
     def corrects_bias(self) -> bool:
         """Whether biases take up what rounding does to the means of the outputs, where data tells."""
@@ -220,7 +224,7 @@ class Rounding(Layerwise):
             found, scale = self.few(of, form, shape)
             return found, scale, None
         assert isinstance(form, Grid)
-        gram = None if of.gram is None else steady(of)
+        gram = self.weighing(of)
         scale, zero_point = scales(of, form, shape, self.ranges)
         shift = laid_out(zero_point, form, shape, of)
         # Of few values the best scale depends much on how they are rounded: both are found in turn.
@@ -264,7 +268,7 @@ class Rounding(Layerwise):
             # The third level of a grid of 2 bits is its fourth left out: ranges are looked for as for a grid.
             scale, _ = three_values(layout.rows(target.float()))
         kind = TwoValues if isinstance(form, Binary) else Lattice
-        gram = None if of.gram is None else steady(of)
+        gram = self.weighing(of)
         best: tuple[float, Tensor, Tensor] | None = None
         for _ in range(rounds):
             each = laid_out(scale, layout, shape, of)
