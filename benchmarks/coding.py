@@ -140,9 +140,9 @@ def beside_nncodec(arguments: argparse.Namespace) -> list[str]:
     seen = photographs.photographs(512, seed=0)
     what = (
         "Whole files, and CPU seconds from values to bytes and back to values, the least of three (of `small` one); "
-        "what is kept is accuracy on Fashion-MNIST, for "
-        "EfficientNet-Lite0 the share of 500 photographs with the original's answer. `fold`: the statistics of batch "
-        "norms taken into their weights first; Featherweight does that by itself."
+        "what is kept is accuracy on Fashion-MNIST, for EfficientNet-Lite0 the share of 500 photographs with the "
+        "original's answer. `fold`: the statistics of batch norms taken into their weights first; Featherweight does "
+        "that by itself."
     )
     return [
         "## Beside NNCodec",

@@ -99,7 +99,7 @@ class Reader:
             if byte < 128:
                 self._at += shift // 7 + 1
                 return value
-        if self.left < 10:
+        if self.left < 10:  # the number goes on where the data ends
             self.take(self.left + 1)
         raise ArtifactError("a number in it has no end")
 

@@ -39,8 +39,9 @@ MIXED_LIMIT = 1 << 22
 MIXED_TRIED = 1 << 20
 # Of so large a share, the most frequent number is worth saying apart where it is.
 SPARSE_SHARE = 0.6
-# The saving for which a plane of bytes is coded at all, and of how many bytes there is none.
+# The saving for which a plane of bytes is coded at all.
 WORTH = 0.995
+# So few bytes are shorter as they are, whatever they are.
 FEW = 3
 
 

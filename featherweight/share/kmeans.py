@@ -200,11 +200,8 @@ class KMeans(Layerwise):
         codes = torch.zeros_like(gone, dtype=torch.long)
 
         def centroid(part: Tensor, columns: Tensor) -> Tensor:
-            of_table, found, code = (
-                table[..., columns],
-                torch.zeros_like(part),
-                torch.zeros_like(part, dtype=torch.long),
-            )
+            of_table, found = table[..., columns], torch.zeros_like(part)
+            code = torch.zeros_like(of_table)
             for index in torch.unique(of_table).tolist():
                 here = of_table == index
                 at = nearest(part[here][:, None], centroids[index])

@@ -11,11 +11,13 @@ from torch import nn
 
 import featherweight as fw
 from featherweight import quantize
+from featherweight.curvature import sweeps
 from featherweight.curvature.rounding import errors
 from featherweight.edits import Constrain
 from featherweight.errors import RecipeError
 from featherweight.forms import Binary, Grid, LowRank, Mask, Ternary, constraints_on, stored
 from featherweight.layerwise import Layerwise
+from featherweight.quantize import rounding
 
 
 def distance(model: nn.Module, original: nn.Module) -> float:
@@ -221,3 +223,18 @@ def test_inputs_become_signs_too_where_asked(tmp_path):
     small.save(tmp_path / "small.fw")
     again = fw.load(tmp_path / "small.fw", into=make(Temporal, seed=1)).model
     assert torch.equal(again(Temporal.data(2)), small.model(Temporal.data(2)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_keep_plain_rounding_where_it_is_better_under_the_damping_asked_for(seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 12, generator=draw) @ torch.randn(12, 12, generator=draw)
+    of = sweeps.Matrix(torch.randn(1, 64, 12, generator=draw).double(), (x.T @ x / 40)[None].double())
+    form, shape = Grid(2), torch.Size([64, 12])
+    for damping in (1e-4, 1.0, 100.0):
+        step = quantize.GPTQ(bits=2, ranges="min-max", damping=damping, rounds=0)
+        found, scale, shift = step.fit(of, form, shape)
+        each, zero = (rounding.laid_out(t, form, shape, of) for t in (scale, shift))
+        plain = rounding.Lattice(each, zero, form.low, form.high).nearest(of.weight)
+        gram = sweeps.steady(of, damping)
+        assert bool((errors(of.weight, found, gram) <= errors(of.weight, plain, gram)).all())
