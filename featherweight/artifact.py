@@ -40,6 +40,7 @@ from featherweight.task import raw_bytes
 FORMAT = "featherweight"
 # What a stream that was made to deceive can raise on its way through a decoder.
 _BROKEN = (ArtifactError, EditError, ValueError, IndexError, OverflowError, MemoryError, RuntimeError, TypeError)
+_PROCESSOR = torch.device("cpu")
 
 Where = str | os.PathLike[str]
 
@@ -75,7 +76,6 @@ def save(
     Raises:
         ArtifactError: the state holds something that cannot be stored, or the file cannot be written.
     """
-    check(model)
     if coding not in tensors.CODINGS:
         hint = did_you_mean(str(coding), tensors.CODINGS)
         raise ArtifactError(f"coding is {coding!r}: it is one of {', '.join(tensors.CODINGS)}{hint}")
@@ -83,6 +83,7 @@ def save(
         model = copy.deepcopy(model)
         fold_batch_norms(model)
     state = model.state_dict()
+    _check(state)
     same = _aliases(state)
     confined = {} if beneath else _confined(model)
     about: dict[str, Any] = {"edits": [edit.to_json() for edit in edits]}
@@ -120,7 +121,11 @@ def check(model: nn.Module) -> None:
     Raises:
         ArtifactError: its state holds something that is no tensor, or one of a type that files do not have.
     """
-    for name, value in model.state_dict().items():
+    _check(model.state_dict())
+
+
+def _check(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ArtifactError(f"the model's state holds {name!r}, a {type(value).__name__}: only tensors are stored")
         if value.dtype not in DTYPES or value.layout != torch.strided:
@@ -154,13 +159,18 @@ def _confined(model: nn.Module) -> dict[str, _Confined]:
         held = list(cast(Any, module).parametrizations[tensor])
         if all(isinstance(constraint, Constrained) for constraint in held):  # and none of the user's own
             with torch.no_grad():
-                beneath = cast(Any, module).parametrizations[tensor].original
-                found |= _of_tensor(place, held, beneath, made_of(beneath, held))
+                found |= _of_tensor(place, held, cast(Any, module).parametrizations[tensor].original)
     return found
 
 
-def _of_tensor(place: str, held: Sequence[Constrained], beneath: Tensor, value: Tensor) -> dict[str, _Confined]:
+def _of_tensor(place: str, held: Sequence[Constrained], beneath: Tensor) -> dict[str, _Confined]:
     """A confined tensor's values, and of its constraints' buffers those that need not say again what a mask says."""
+    if len(held) == 1 and not held[0].all_its_own and bool(beneath.count_nonzero()):
+        # The most frequent case, and the least work: what lies beneath one constraint is confined itself.
+        coded = _coded(held, beneath, None)
+        if coded is not None:
+            return {f"{place}.original": _Confined((), None, *coded)}
+    value = made_of(beneath, held)
     masks = tuple(f"{place}.{number}.mask" for number, constraint in enumerate(held) if isinstance(constraint, Masked))
     kept = kept_places([constraint.mask for constraint in held if isinstance(constraint, Masked)], value.shape)
     if not torch.equal(beneath, value) and not torch.equal(made_of(value, held), value):
@@ -172,7 +182,7 @@ def _of_tensor(place: str, held: Sequence[Constrained], beneath: Tensor, value: 
     of_nothing = any(constraint.all_its_own for constraint in held) or not bool(value.any())
     if of_nothing and torch.equal(made_of(torch.zeros_like(value), held), value):
         found[f"{place}.original"] = _Confined((), None, len(held), value)
-    elif (coded := _coded(held, value, kept)) is not None:
+    elif (coded := _coded(held, value, written)) is not None:
         found[f"{place}.original"] = _Confined(masks, written, *coded)
     elif masks:
         found[f"{place}.original"] = _Confined(masks, written, None, value)
@@ -184,13 +194,15 @@ def _of_tensor(place: str, held: Sequence[Constrained], beneath: Tensor, value: 
     return found
 
 
-def _coded(held: Sequence[Constrained], value: Tensor, kept: Tensor) -> tuple[int, Tensor] | None:
+def _coded(held: Sequence[Constrained], value: Tensor, kept: Tensor | None) -> tuple[int, Tensor] | None:
     """The topmost constraint that has numbers for the values, and these less those of zeros; None where none has."""
     for number, constraint in reversed(list(enumerate(held))):
         codes = constraint.codes(value)
         if codes is not None:
             again = constraint.decoded(codes)
-            exact = torch.equal(again, value) or bool(((again == value).cpu() | ~kept).all())
+            exact = torch.equal(again, value)
+            if not exact and kept is not None:
+                exact = bool(((again == value).cpu() | ~kept).all())
             return (number, codes - constraint.zero_codes(torch.zeros_like(value))) if exact else None
     return None
 
@@ -325,7 +337,8 @@ def _fill(model: nn.Module, file: Opened) -> None:
             if name not in held:
                 raise ArtifactError(f"{file.path} is not this model's: {name!r} is confined in it")
             module, tensor = held[name]
-            state[name].copy_(file.confined(name, list(cast(Any, module).parametrizations[tensor])))
+            held_there = list(cast(Any, module).parametrizations[tensor])
+            state[name].copy_(file.confined(name, held_there, state[name].device))
     for name, module, tensor in constrained_tensors(model):
         held_here = cast(Any, module).parametrizations[tensor]
         try:
@@ -430,12 +443,13 @@ class Opened(Mapping[str, Tensor]):
                 return torch.from_numpy(_whole(stream, entry.shape, kept)).to(entry.dtype)
             return tensors.decode(stream, entry.dtype, entry.shape)
 
-    def confined(self, name: str, held: Sequence[Constrained]) -> Tensor:
+    def confined(self, name: str, held: Sequence[Constrained], device: torch.device = _PROCESSOR) -> Tensor:
         """The values of a confined tensor.
 
         Args:
             name: of what lies beneath.
             held: its constraints with their values, from the lowest up.
+            device: that these are on, and the values are to be.
         Raises:
             ArtifactError: it is damaged.
         """
@@ -443,7 +457,6 @@ class Opened(Mapping[str, Tensor]):
         entry = self._entries[name]
         with self._naming(name), torch.no_grad():
             stream = self._file.stream(entry)
-            device = next((b.device for c in held for b in (*c.buffers(), *c.parameters())), torch.device("cpu"))
             zeros = torch.zeros(entry.shape, dtype=entry.dtype, device=device)
             if entry.coded == len(held) and entry.coded is not None:
                 stream.end()
@@ -518,7 +531,7 @@ class Opened(Mapping[str, Tensor]):
         given = self._given.get(layer.removesuffix("."), ())
         like = torch.zeros(shape, dtype=dtype)
         with self._naming(place):
-            made = [constraint.parametrization(like) for constraint in given if constraint.tensor == tensor]
+            made = [constraint.blank(like) for constraint in given if constraint.tensor == tensor]
             for number, constraint in enumerate(made):
                 for name, value in constraint.state_dict().items():
                     value.copy_(self.tensor(f"{place}.{number}.{name}"))

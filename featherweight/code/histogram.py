@@ -6,6 +6,7 @@ place, eight to a symbol, or by the gaps between them, whichever comes out short
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
@@ -31,31 +32,53 @@ CHOICES = np.array([comb(8, k) for k in range(9)])
 # One stream of numbers --------------------------------------------------------------------------------------------
 
 
-def encode(values: Whole, by_huffman: bool = False) -> bytes:
+@dataclass(frozen=True)
+class Counted:
+    """Numbers of either sign, less than 4096 apart.
+
+    Attributes:
+        least: the least of them.
+        symbols: (n,), how far each is above it.
+        counts: how often each symbol comes, up to the greatest.
+    """
+
+    least: int
+    symbols: Whole
+    counts: Whole
+
+    @staticmethod
+    def of(values: Whole) -> Counted:
+        """Numbers, (n,), of which there is one at the least."""
+        least = int(values.min())
+        symbols = values - least
+        return Counted(least, symbols, np.bincount(symbols))
+
+
+def encode(values: Whole | Counted, by_huffman: bool = False) -> bytes:
     """Numbers of either sign, less than 4096 apart, as bytes; `decode` needs how many they are.
 
     Args:
         values: (n,).
         by_huffman: code them by Huffman's method, not by ranges.
     """
-    if not len(values):
-        return b""
-    least, span = int(values.min()), int(values.max() - values.min())
-    head = varint(zigzag(least)) + varint(span)
+    if not isinstance(values, Counted):
+        if not len(values):
+            return b""
+        values = Counted.of(values)
+    symbols, span = values.symbols, len(values.counts) - 1
+    head = varint(zigzag(values.least)) + varint(span)
     if not span:
         return head
-    symbols = values - least
-    counts = np.bincount(symbols, minlength=span + 1)[None]
+    counts = values.counts[None]
     if by_huffman:
         return head + huffman.encode(symbols, counts[0])
-    width = span.bit_length()
-    plain = width * -(-len(values) // 8)
+    plain = span.bit_length() * -(-len(symbols) // 8)
     if 8 * plain > _least_bits(counts):
         tables = best_tables(counts)
         written = _table(tables) + lanes.encode(symbols, tables)
         if len(written) <= plain:
             return head + written
-    return head + bytes([0]) + _pack(symbols, width)
+    return head + bytes([0]) + _pack(symbols, span.bit_length())
 
 
 def _least_bits(counts: Whole) -> float:
@@ -91,15 +114,18 @@ def decode(data: Reader, count: int, by_huffman: bool = False) -> Whole:
 
 def _pack(symbols: Whole, width: int) -> bytes:
     """Symbols in so many bits each, as planes of bits, the highest first: numpy packs these fast."""
-    return b"".join(np.packbits((symbols >> bit & 1).astype(np.uint8)).tobytes() for bit in range(width - 1, -1, -1))
+    bits = np.unpackbits(symbols.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)
+    return np.packbits(bits[:, 16 - width :].T, axis=1).tobytes()
 
 
 def _unpack(data: Reader, count: int, span: int) -> Whole:
-    found = np.zeros(count, np.int64)
-    for _ in range(span.bit_length()):
-        plane = np.frombuffer(data.take(-(-count // 8)), np.uint8)
-        found = found << 1 | np.unpackbits(plane, count=count)
+    width = span.bit_length()
+    planes = np.frombuffer(data.take(width * -(-count // 8)), np.uint8).reshape(width, -1)
     data.end()
+    # Of the planes' bits whole bytes again, the highest with zeros behind: numpy's other way round.
+    packed = np.packbits(np.unpackbits(planes, axis=1, count=count), axis=0).astype(np.int64)
+    found: Whole = packed[0] if width <= 8 else packed[0] << 8 | packed[1]
+    found >>= -width % 8
     if count and int(found.max()) > span:
         raise ArtifactError("it holds numbers beyond its range")
     return found

@@ -59,12 +59,12 @@ class Reader:
     """
 
     def __init__(self, data: bytes | memoryview) -> None:
-        self._data, self._at = memoryview(data), 0
+        self._data, self._at, self._end = memoryview(data), 0, len(data)
 
     @property
     def left(self) -> int:
         """How many bytes are left."""
-        return len(self._data) - self._at
+        return self._end - self._at
 
     def take(self, count: int) -> memoryview:
         """The next so many bytes.
@@ -72,10 +72,16 @@ class Reader:
         Raises:
             ArtifactError: there are fewer.
         """
-        if not 0 <= count <= self.left:
+        at = self._at
+        found = self._data[at : at + count]
+        if len(found) != count:
             raise ArtifactError(f"it ends {count - self.left} bytes too early")
-        self._at += count
-        return self._data[self._at - count : self._at]
+        self._at = at + count
+        return found
+
+    def rest(self) -> memoryview:
+        """All bytes that are left, which stay the next."""
+        return self._data[self._at :]
 
     def peek(self) -> int:
         """The next byte, which stays the next."""
@@ -85,7 +91,11 @@ class Reader:
 
     def byte(self) -> int:
         """The next byte."""
-        return self.take(1)[0]
+        at = self._at
+        if at >= self._end:
+            self.take(1)  # raises
+        self._at = at + 1
+        return self._data[at]
 
     def varint(self) -> int:
         """A number that `featherweight.code.numbers.varint` wrote, below 2^70.
@@ -94,13 +104,11 @@ class Reader:
             ArtifactError: it is longer, or not over where the data is.
         """
         value = 0
-        for shift, byte in zip(range(0, 70, 7), self._data[self._at : self._at + 10], strict=False):
+        for shift in range(0, 70, 7):
+            byte = self.byte()
             value |= (byte & 127) << shift
             if byte < 128:
-                self._at += shift // 7 + 1
                 return value
-        if self.left < 10:  # the number goes on where the data ends
-            self.take(self.left + 1)
         raise ArtifactError("a number in it has no end")
 
     def varint_to(self, most: int) -> int:
@@ -127,7 +135,7 @@ class Reader:
         Raises:
             ArtifactError: they are no such numbers.
         """
-        bits = (np.unpackbits(np.frombuffer(self._data[self._at :], np.uint8)[: 8 * count + 8]) + ord("0")).tobytes()
+        bits = (np.unpackbits(np.frombuffer(self.rest(), np.uint8)[: 8 * count + 8]) + ord("0")).tobytes()
         at, found = 0, []
         for _ in range(count):
             one = bits.find(b"1", at, at + 32)

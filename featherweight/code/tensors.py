@@ -97,20 +97,27 @@ def decode_whole(data: Reader, shape: tuple[int, ...], kept: Flags | None = None
 
 def _by_table(values: Whole, by_huffman: bool) -> bytes:
     """Numbers, (n,), block after block."""
-    sparse = len(values) > 1 and SPARSE_SHARE < np.bincount(values - values.min()).max() / len(values) < 1
+    whole = histogram.Counted.of(values) if 0 < len(values) <= BLOCK else None
+    sparse = len(values) > 1 and SPARSE_SHARE < _most_frequent(values, whole) / len(values) < 1
     method = (SPARSE_HUFFMAN if sparse else HUFFMAN) if by_huffman else (SPARSE if sparse else TABLE)
     parts = [bytes([method])]
     for begin in range(0, len(values), BLOCK):
-        block = values[begin : begin + BLOCK]
+        block = whole or histogram.Counted.of(values[begin : begin + BLOCK])
         if sparse:
-            most = int(np.bincount(block - block.min()).argmax() + block.min())
-            others = block != most
+            most = int(block.counts.argmax())
+            others = block.symbols != most
             where = histogram.encode_flags(others, by_huffman)
-            written = varint(zigzag(most)) + varint(len(where)) + where + histogram.encode(block[others], by_huffman)
+            written = varint(zigzag(most + block.least)) + varint(len(where)) + where
+            written += histogram.encode(block.symbols[others] + block.least, by_huffman)
         else:
             written = histogram.encode(block, by_huffman)
         parts += [varint(len(written)) if len(values) > BLOCK else b"", written]
     return b"".join(parts)
+
+
+def _most_frequent(values: Whole, counted: histogram.Counted | None) -> int:
+    """How often the most frequent of the numbers comes, which may have been counted."""
+    return int((counted.counts if counted else np.bincount(values - values.min())).max())
 
 
 def _from_table(data: Reader, method: int, count: int) -> Whole:
@@ -213,10 +220,10 @@ def _is_whole(dtype: torch.dtype) -> bool:
 
 def elements_of(tensor: Tensor) -> Elements:
     """The tensor's elements as unsigned numbers, (n,); of floats the sign comes last, and the exponent first."""
-    floating = tensor.is_floating_point() or tensor.is_complex()
-    width = tensor.element_size() // (2 if tensor.is_complex() else 1)
-    flat = tensor.flatten()
-    raw = flat.view(torch.uint8).numpy() if len(flat) else np.zeros(0, np.uint8)
+    complex_ = tensor.is_complex()
+    floating = complex_ or tensor.is_floating_point()
+    width = tensor.element_size() // (2 if complex_ else 1)
+    raw = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
     elements = cast(Elements, raw.view(f"<u{width}"))
     return cast(Elements, elements << 1 | elements >> (8 * width - 1)) if floating else elements
 
@@ -257,6 +264,11 @@ def _encode_planes(elements: Elements, coding: Coding) -> bytes:
 
 
 def _decode_planes(data: Reader, count: int, width: int) -> Elements:
+    if data.left == width * (count + 1):  # as when all of them are as they are, which is most frequent
+        whole = np.frombuffer(data.rest(), np.uint8).reshape(width, count + 1)
+        if not whole[:, 0].any():
+            data.take(data.left)
+            return np.ascontiguousarray(whole[::-1, 1:].T).view(f"<u{width}").reshape(count)
     planes = np.empty((count, width), np.uint8)
     above: NDArray[np.uint8] | None = None
     for place in range(width - 1, -1, -1):

@@ -62,7 +62,10 @@ class Constrained(nn.Module):
         raise NotImplementedError
 
     def codes(self, value: Tensor) -> Tensor | None:
-        """Whole numbers, int64 and of the same shape, that stand for confined values; None where it has no such."""
+        """Whole numbers, int64 and of the same shape, that stand for confined values; None where it has no such.
+
+        Values that theirs stand for to the last bit are confined ones, which the constraint gives as they are.
+        """
         return None
 
     def decoded(self, codes: Tensor) -> Tensor:
@@ -116,6 +119,10 @@ class Constraint(Form):
     @abstractmethod
     def parametrization(self, tensor: Tensor) -> Constrained:
         """The parametrization for a tensor like this one, on its device; its values come afterwards."""
+
+    def blank(self, like: Tensor) -> Constrained:
+        """The same before its values are there, which are about to be read from a file."""
+        return self.parametrization(like)
 
     def build(self, layer: nn.Module, device: torch.device | str | None = None) -> nn.Module:
         """A copy of the layer with the constraint on its tensor, above those that are there."""

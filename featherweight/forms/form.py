@@ -6,7 +6,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -38,7 +38,7 @@ class Form(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """The form as JSON-ready data."""
-        return {"form": type(self).__name__, **asdict(self)}
+        return {"form": type(self).__name__, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Form:
@@ -47,14 +47,19 @@ class Form(ABC):
         Raises:
             ArtifactError: no such form, or not its fields.
         """
-        known = {kind.__name__: kind for kind in _kinds(Form)}  # type: ignore[type-abstract]
         name, settings = data.get("form"), {k: v for k, v in data.items() if k != "form"}
-        if name not in known:
-            raise ArtifactError(f"there is no form {name!r}{did_you_mean(str(name), known)}")
-        expected = {f.name for f in fields(known[name])}
+        if name not in _KNOWN:
+            _KNOWN.update((kind.__name__, kind) for kind in _kinds(Form))  # type: ignore[type-abstract]
+        if name not in _KNOWN:
+            raise ArtifactError(f"there is no form {name!r}{did_you_mean(str(name), _KNOWN)}")
+        expected = {f.name for f in fields(_KNOWN[name])}
         if set(settings) != expected:
             raise ArtifactError(f"the form {name} has the fields {sorted(expected)}, not {sorted(settings)}")
-        return known[name](**settings)
+        return _KNOWN[name](**settings)
+
+
+# The forms that were looked for so far, and those beside them, by name.
+_KNOWN: dict[str, type[Form]] = {}
 
 
 def _kinds(kind: type[Form]) -> Iterator[type[Form]]:

@@ -52,8 +52,18 @@ class Grid(Constraint):
         """The greatest whole number."""
         return self.low + (1 << self.bits) - 1
 
+    @property
+    def type_of_zero_points(self) -> torch.dtype:
+        """The smallest that holds every whole number of the grid."""
+        if self.bits > 8:
+            return torch.int16 if self.signed else torch.int32
+        return torch.int8 if self.signed else torch.uint8
+
     def parametrization(self, tensor: Tensor) -> Gridded:
         return Gridded(tensor, self)
+
+    def blank(self, like: Tensor) -> Gridded:
+        return Gridded(like, self, fitted=False)
 
     def __str__(self) -> str:
         where = "" if self.axis == 0 else " a tensor" if self.axis is None else f" along axis {self.axis}"
@@ -99,6 +109,7 @@ class Gridded(Constrained):
     Args:
         like: a tensor of the shape and type; its least and greatest values give the scales to begin with.
         form: the grid.
+        fitted: whether they do; without, all scales are 1 and all zero points 0.
 
     Attributes:
         scale: float32, of shape () for a tensor, (indices,) along an axis, (indices, groups) in groups. It has a
@@ -110,12 +121,17 @@ class Gridded(Constrained):
     zero_point: Tensor
     kind: Tensor
 
-    def __init__(self, like: Tensor, form: Grid) -> None:
+    def __init__(self, like: Tensor, form: Grid, fitted: bool = True) -> None:
         super().__init__()
         if (reason := form.reason_against(like.shape)) is not None:
             raise EditError(reason)
         self.form = form
-        scale, zero_point = min_max(form.rows(like), form)
+        rows = form.rows(like)
+        if fitted:
+            scale, zero_point = min_max(rows, form)
+        else:
+            scale = torch.ones(rows.shape[:-1], device=like.device)
+            zero_point = torch.zeros(rows.shape[:-1], dtype=form.type_of_zero_points, device=like.device)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.register_buffer("zero_point", zero_point, persistent=not form.symmetric)
         # Decoding needs the tensor's type, and follows it when the model is cast.
@@ -134,7 +150,7 @@ class Gridded(Constrained):
         form = self.form
         scale, zero_point = form.spread(self.scale, value.shape), form.spread(self.zero_point, value.shape)
         found = whole(value, scale, zero_point, form.low, form.high).long() - form.low
-        if torch.equal(self.decoded(found), value):
+        if value.element_size() >= 4 or torch.equal(self.decoded(found), value):
             return found
         # In a type coarser than the grid several codes have one value, and the nearest code may have its neighbour's.
         for shift in (1, -1):
@@ -145,14 +161,19 @@ class Gridded(Constrained):
 
     def decoded(self, codes: Tensor) -> Tensor:
         """The values of the codes, in the tensor's type."""
-        form = self.form
-        scale, zero_point = form.spread(self.scale, codes.shape), form.spread(self.zero_point, codes.shape)
+        scale = self.form.spread(self.scale.detach(), codes.shape)
         exact = torch.promote_types(self.kind.dtype, torch.float32)
-        return ((codes + form.low - zero_point).to(exact) * scale.detach().to(exact)).to(self.kind.dtype)
+        return ((codes - self._zero(codes.shape)).to(exact) * scale.to(exact)).to(self.kind.dtype)
 
     def zero_codes(self, zeros: Tensor) -> Tensor:
         """The zero points, counted from the least whole number."""
-        return self.form.spread(self.zero_point, zeros.shape).long() - self.form.low
+        return torch.as_tensor(self._zero(zeros.shape), device=zeros.device)
+
+    def _zero(self, shape: torch.Size) -> Tensor | int:
+        """The code of zero, or one that broadcasts against a tensor of this shape for each of its scales."""
+        if self.form.symmetric:
+            return -self.form.low
+        return self.form.spread(self.zero_point, shape).long() - self.form.low
 
     def stored(self, before: Stored) -> Stored:
         """So many bits a value; the scales, and the zero points where they are not all 0."""
@@ -266,9 +287,7 @@ def _zero_point(lowest: Tensor, scale: Tensor, form: Grid) -> Tensor:
         zero_point = torch.zeros_like(scale)
     else:
         zero_point = (form.low - lowest / scale).round().clamp(form.low, form.high)
-    if form.bits > 8:
-        return zero_point.to(torch.int16 if form.signed else torch.int32)
-    return zero_point.to(torch.int8 if form.signed else torch.uint8)
+    return zero_point.to(form.type_of_zero_points)
 
 
 def min_max(rows: Tensor, form: Grid) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ def test_codes_give_the_values_back_bit_by_bit(kind, axis, dtype, seed):
     back = made.decoded(codes)
     assert back.dtype == dtype
     assert torch.equal(back.view(torch.uint8), values.contiguous().view(torch.uint8))
+    assert torch.equal(made(values), values)
     within = {"fp16": 2**-11, "bf16": 2**-8, "e4m3": 2**-4, "e5m2": 2**-3}[kind]
     # Of what is not below the type's range the error is at most half a unit in the last place.
     assert bool(((values - x).abs() <= within * x.abs() + 1e-3 * x.abs().max()).all())

@@ -56,6 +56,7 @@ def test_codes_give_the_values_back_bit_by_bit(form, x):
     back = made.decoded(codes)
     assert back.dtype == x.dtype
     assert torch.equal(back.view(torch.uint8), values.contiguous().view(torch.uint8))
+    assert torch.equal(made(values), values)
 
 
 @given(grids(), tensors())
