@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar, Union
 from torch import nn
 
 from featherweight.errors import did_you_mean
-from featherweight.forms import FormModule, Layer, is_layer
+from featherweight.forms import FormModule, Layer, Masked, constraints_on, is_layer
 
 T = TypeVar("T")
 
@@ -101,6 +101,21 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str], in
         elif not layer.weight.is_floating_point() or layer.weight.is_complex():
             found[name] = f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
     return found
+
+
+def settled(layer: Layer) -> str | None:
+    """Why a layer's values are not to be changed: it has none, or they are confined by more than masks."""
+    if not layer.weight.numel():
+        return "its weight is empty"
+    confined = [constraint for constraint in constraints_on(layer) if not isinstance(constraint, Masked)]
+    return f"an earlier step has settled its values: {confined[-1].extra_repr()}" if confined else None
+
+
+def without_values(layer: Layer) -> str | None:
+    """The same for steps that give the values that are not zero others: also where there are none."""
+    if (reason := settled(layer)) is not None:
+        return reason
+    return None if bool(layer.weight.detach().count_nonzero()) else "all of its weights are zero"
 
 
 def _own_behaviour(layer: Layer) -> str | None:

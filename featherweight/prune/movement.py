@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import RecipeError
-from featherweight.forms import Layer, Mask, Masked, beneath, constraints_on, is_layer
-from featherweight.layers import layer_names, matches, obstacles, unmatched
+from featherweight.forms import Layer, Mask, Masked, beneath, is_layer
+from featherweight.layers import layer_names, matches, obstacles, settled, unmatched
 from featherweight.mend import finetune
 from featherweight.prune import schedules, spreads
 from featherweight.prune.sparsity import keep
@@ -101,10 +101,8 @@ class Movement(Step):
             layer = original.get_submodule(name)
             if name in left or not is_layer(layer):
                 continue
-            if not layer.weight.numel():
-                left[name] = "its weight is empty"
-            elif any(not isinstance(c, Masked) for c in constraints_on(layer)):
-                left[name] = "an earlier step has settled its values"
+            if (reason := settled(layer)) is not None:
+                left[name] = reason
             elif spreads.uniform([layer.weight.numel()], self.sparsity)[0] >= int(layer.weight.count_nonzero()):
                 left[name] = "as many of its weights are zero already"
             else:

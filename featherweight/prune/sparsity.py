@@ -30,7 +30,7 @@ from featherweight.forms import (
     in_runs,
     out_of_blocks,
 )
-from featherweight.layers import PerLayer, for_layer, layer_names, matches
+from featherweight.layers import PerLayer, for_layer, layer_names, matches, settled
 from featherweight.layerwise import Bench, Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.prune import spreads
@@ -113,11 +113,9 @@ class Sparsity(Layerwise):
     # Choosing -------------------------------------------------------------------------------------------------------
 
     def unfit(self, layer: Layer) -> str | None:
-        if not layer.weight.numel():
-            return "its weight is empty"
-        if any(not isinstance(c, Masked) for c in constraints_on(layer)):
-            return "an earlier step has settled its values"
-        return None if self.n is None else self.pattern(1).reason_against(layer.weight.shape)
+        if (reason := settled(layer)) is not None or self.n is None:
+            return reason
+        return self.pattern(1).reason_against(layer.weight.shape)
 
     def priced(self, name: str, layer: Layer, calls: Sequence[LayerCall]) -> list[Option]:
         whole = price(layer, calls)

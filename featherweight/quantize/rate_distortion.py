@@ -29,7 +29,7 @@ from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import BudgetError
 from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer
 from featherweight.forms.grid import WIDTHS
-from featherweight.layers import layer_names, obstacles, unmatched, weighted_layers
+from featherweight.layers import layer_names, obstacles, unmatched, weighted_layers, without_values
 from featherweight.mend import fold_batch_norms
 from featherweight.progress import track
 from featherweight.search.budget import Budget
@@ -243,7 +243,7 @@ class _Bench:
             layer = model.get_submodule(name)
             if name in self.left or not is_layer(layer):
                 continue
-            if (reason := unfit(layer)) is not None:
+            if (reason := without_values(layer)) is not None:
                 self.left[name] = reason
             else:
                 self.layers[name] = layer
@@ -343,17 +343,6 @@ class _Bench:
         """What came of it, in a few words."""
         grids = [edit.constraint for edit in made if isinstance(edit, Constrain) and isinstance(edit.constraint, Grid)]
         return f"{len(grids)} tensors on grids of {min(g.bits for g in grids)} to {max(g.bits for g in grids)} bits"
-
-
-def unfit(layer: Layer) -> str | None:
-    """Why a layer cannot be quantized so; None where it can."""
-    if not layer.weight.numel():
-        return "its weight is empty"
-    if any(not isinstance(c, Masked) for c in constraints_on(layer)):
-        return "an earlier step has settled its values"
-    if not bool(layer.weight.detach().count_nonzero()):
-        return "all of its weights are zero"
-    return None
 
 
 def outputs_matter(of: Matrix) -> Tensor:

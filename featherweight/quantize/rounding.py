@@ -20,7 +20,7 @@ from featherweight.forms import Binary, Constraint, Float, Form, Grid, Layer, Te
 from featherweight.forms.floats import TYPES
 from featherweight.forms.grid import WIDTHS, least_error, min_max, percentile
 from featherweight.forms.mask import Masked
-from featherweight.layers import PerLayer, for_layer
+from featherweight.layers import PerLayer, for_layer, settled
 from featherweight.layerwise import Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
@@ -137,12 +137,9 @@ class Rounding(Layerwise):
     # What layerwise steps say ---------------------------------------------------------------------------------------
 
     def unfit(self, layer: Layer) -> str | None:
-        confined = [c for c in constraints_on(layer) if not isinstance(c, Masked)]
         if _masks(layer) and self.bits == 1:
             return "a mask holds some of its values at zero, and two values leave none"
-        if confined:
-            return f"an earlier step has settled its values: {confined[-1].extra_repr()}"
-        return None if layer.weight.numel() else "its weight is empty"
+        return settled(layer)
 
     @property
     def chooses(self) -> bool:

@@ -27,8 +27,8 @@ from featherweight.curvature import sweeps
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import swept
 from featherweight.edits import Constrain, Edit
-from featherweight.forms import Codebook, Form, Layer, Masked, Shared, beneath, constraints_on
-from featherweight.layers import PerLayer, for_layer
+from featherweight.forms import Codebook, Form, Layer, Shared, beneath, constraints_on
+from featherweight.layers import PerLayer, for_layer, without_values
 from featherweight.layerwise import Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
@@ -97,13 +97,7 @@ class KMeans(Layerwise):
     # Choosing -------------------------------------------------------------------------------------------------------
 
     def unfit(self, layer: Layer) -> str | None:
-        if not layer.weight.numel():
-            return "its weight is empty"
-        if any(not isinstance(c, Masked) for c in constraints_on(layer)):
-            return "an earlier step has settled its values"
-        if not bool(layer.weight.detach().count_nonzero()):
-            return "all of its weights are zero"
-        return None
+        return without_values(layer)
 
     def form(self, name: str, layer: Layer, bits: int) -> Codebook:
         """A layer's codebook of so many bits."""

@@ -164,4 +164,4 @@ def test_what_cannot_be_done_is_said_with_what_can():
     small = fw.compress(model, RateDistortion(coarseness=0.2), task=task_of(model))
     left = small.ledger.steps[0].left
     assert left["second"] == "all of its weights are zero"
-    assert left["head"] == "an earlier step has settled its values"
+    assert left["head"] == "an earlier step has settled its values: 8 bits"

@@ -127,7 +127,7 @@ def test_more_centroids_than_values_and_other_layers_that_stay() -> None:
     assert left["second"] == "all of its weights are zero"
     assert left["head"].startswith("128 centroids")
     again = fw.compress(small.model, share.KMeans(bits={"head": 3}), task=task_of(model))
-    assert again.ledger.steps[0].left["first"] == "an earlier step has settled its values"
+    assert again.ledger.steps[0].left["first"] == "an earlier step has settled its values: 8 centroids"
 
 
 def test_damaged_and_empty_weights() -> None:
