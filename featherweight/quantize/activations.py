@@ -17,7 +17,7 @@ from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
 from featherweight.errors import EditError
 from featherweight.forms import Grid, Rounded, Rounding, constraints_on
-from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max
+from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max, short
 from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names, weight_of
 from featherweight.graph.rules import operation_of
 from featherweight.graph.rules.call import arguments
@@ -175,7 +175,7 @@ class Activations(Step):
                 # The bias becomes a whole number of 32 bits, in steps of the two scales' product.
                 least = bias.detach().abs().float() / (2.0**30 * scales[name].to(scale))
                 scale = torch.maximum(scale, least)
-            (_gridded(made, leaf)).scale.data.copy_(scale)
+            (_gridded(made, leaf)).scale.data.copy_(short(scale, grid))
             yield Constrain(path, grid, made.state_dict())
             choices[layer] = Choice(Point(f"{bits} bits", bits / (8 * weight.element_size())))
         if self.has_headroom() and any(choice.chosen.setting == "7 bits" for choice in choices.values()):

@@ -18,7 +18,7 @@ from featherweight.curvature.sweeps import Matrix, loss, matrix, steady
 from featherweight.errors import did_you_mean
 from featherweight.forms import Binary, Constraint, Float, Form, Grid, Layer, Ternary, constraints_on
 from featherweight.forms.floats import TYPES
-from featherweight.forms.grid import WIDTHS, least_error, min_max, percentile
+from featherweight.forms.grid import WIDTHS, least_error, min_max, percentile, short
 from featherweight.forms.mask import Masked
 from featherweight.layers import PerLayer, for_layer, settled
 from featherweight.layerwise import Layerwise
@@ -223,6 +223,7 @@ class Rounding(Layerwise):
         assert isinstance(form, Grid)
         gram = self.weighing(of)
         scale, zero_point = scales(of, form, shape, self.ranges)
+        scale = short(scale, form)
         shift = laid_out(zero_point, form, shape, of)
         # Of few values the best scale depends much on how they are rounded: both are found in turn.
         fitted = self.ranges == "mse" and form.axis == 0 and not form.group
@@ -237,8 +238,8 @@ class Rounding(Layerwise):
             better = errors(of.weight, found, gram) <= errors(of.weight, plain, gram)
             found = torch.where(better[..., None], found, plain)
             if fitted:
-                factor = rescaled(of.weight, found, gram)
-                found, scale = found * factor, scale * factor.flatten().float()
+                fitted_scale = short(scale * rescaled(of.weight, found, gram).flatten().float(), form)
+                found, scale = found * laid_out(fitted_scale.double() / scale, form, shape, of), fitted_scale
             left = errors(of.weight, found, gram)
             if best is not None:
                 better = left < best[0]

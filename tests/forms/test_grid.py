@@ -18,7 +18,7 @@ from featherweight import artifact
 from featherweight.edits import Constrain
 from featherweight.errors import EditError
 from featherweight.forms import Grid, Gridded, Mask, constraints_on, stored
-from featherweight.forms.grid import between, fake_quantized, least_error, min_max, percentile
+from featherweight.forms.grid import between, fake_quantized, least_error, min_max, percentile, short
 from featherweight.ledger import Ledger
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -203,3 +203,14 @@ def test_what_cannot_be_a_grid_is_said():
     with pytest.raises(EditError, match="the scales of a grid of 8 bits must be positive"):
         Constrain("0", Grid(8), values).apply(nn.Sequential(layer))
     assert str(Grid(4, symmetric=False, axis=1, group=32)) == "4 bits along axis 1 in groups of 32, affine"
+
+
+@given(st.floats(-30, 20), st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_short_scales_are_those_of_float16_where_it_has_as_many_bits(exponent, seed):
+    scale = 2.0**exponent * (1 + torch.rand(64, generator=torch.Generator().manual_seed(seed)))
+    made = short(scale, Grid(8))
+    assert bool(((made - scale).abs() <= scale / 2048).all())
+    normal = (scale >= 2.0**-14) & (scale <= 65504)
+    assert torch.equal(made[normal], made[normal].half().float())
+    assert torch.equal(short(scale, Grid(16)), scale), "65535 steps of a scale that is off by 1/2048 are off by 32"

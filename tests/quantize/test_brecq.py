@@ -62,7 +62,7 @@ def test_blocks_are_the_modules_that_hold_a_few_layers():
         assert {block.name for block in found} == set(layer_names(flat))
 
 
-@pytest.mark.parametrize(("bits", "steps"), [(3, 300), (4, 60)])
+@pytest.mark.parametrize(("bits", "steps"), [(3, 300), (4, 120)])
 def test_blocks_answer_more_nearly_than_layers_rounded_alone(bits, steps):
     model = make(Chain)
     task = task_of(model, 256)

@@ -37,6 +37,7 @@ def test_every_weight_is_on_its_grid_and_bytes_are_counted_as_stored():
         assert made.form == Grid(bits)
         assert int(made.codes(layer.weight).max()) < 2**bits
         assert torch.equal(made.decoded(made.codes(layer.weight)), layer.weight)
+        assert torch.equal(made.scale, made.scale.half().float()), "a file holds it in two bytes"
         assert stored(layer, "weight").bytes == -(-layer.weight.numel() * bits // 8) + 4 * layer.weight.shape[0]
 
 
