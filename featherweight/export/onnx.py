@@ -199,6 +199,8 @@ def _strip(made: Any) -> None:
             value.metadata_props.clear()
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
+    for value in graph.initializers.values():  # whose values tell both as well
+        value.type = value.shape = None
 
 
 def _need(*packages: str) -> None:

@@ -52,6 +52,7 @@ def write(
 
         written = {p.key: p.value for p in onnx_format.load(between, load_external_data=False).metadata_props}
         model = openvino.convert_model(between)
+        _narrow(model)
         model.set_rt_info(written[METADATA], METADATA)
         openvino.save_model(model, path, compress_to_fp16=False)
     except Exception as error:  # its exceptions have no common class of their own
@@ -60,6 +61,24 @@ def write(
         for file in (between, between.with_name(f"{between.name}.data")):
             file.unlink(missing_ok=True)
     return notes
+
+
+def _narrow(model: Any) -> None:
+    """Keep scales in float16 where that holds them exactly; OpenVINO widens them as it loads the file.
+
+    The ONNX file has them so, but conversion works out all that is constant.
+    """
+    import numpy
+    from openvino import opset1
+
+    for node in model.get_ops():
+        scale = node.input_value(1).get_node() if node.get_type_name() == "Multiply" else None
+        if scale is None or scale.get_type_name() != "Constant" or scale.data.dtype != numpy.float32:
+            continue
+        with numpy.errstate(over="ignore"):
+            half = scale.data.astype(numpy.float16)
+        if half.size > 1 and (half == scale.data).all():
+            node.input(1).replace_source_output(opset1.convert(opset1.constant(half), "f32").output(0))
 
 
 class OpenVINOModel(FileModel):

@@ -29,6 +29,8 @@ DOMAIN = "featherweight"  # of our own nodes, all gone before a file is written
 # ONNX operations that only move numbers about, or choose among them: what is whole before them is whole behind.
 MOVING = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Pad")
 BLOCKS = (16, 32, 64, 128, 256)  # values with one scale that MatMulNBits takes
+NARROWER = {"float32": (np.float16,), "int32": (np.int8, np.int16)}  # the least first
+NODE_BYTES = 32  # about what a Cast takes in a file
 
 Array = npt.NDArray[Any]
 
@@ -170,6 +172,7 @@ class _Emitter:
         self.ir, self.model, self.graph, self.marks, self.portable = ir, model, model.graph, marks, portable
         self.notes: list[str] = []
         self.tables: dict[tuple[int, int, int], Any] = {}
+        self.constants: list[Any] = []
         self.count = 0
 
     def run(self) -> tuple[str, ...]:
@@ -192,6 +195,8 @@ class _Emitter:
             self._bias(node)
         for node in list(self.graph):
             self._redundant(node)
+        for value in list(self.constants):  # to which narrower ones are added
+            self._narrow(value)
         self._unused()
         self.model.opset_imports.pop(DOMAIN, None)
         return tuple(dict.fromkeys(self.notes))
@@ -465,29 +470,44 @@ class _Emitter:
         return True
 
     def _bias(self, node: Any) -> None:
-        """The bias of a layer on whole numbers as whole numbers of 32 bits, in steps of the two scales' product."""
+        """The bias of a layer on whole numbers as whole numbers of 32 bits, in steps of the two scales' product.
+
+        Other runtimes than ONNX Runtime add biases in float32.
+        """
         if node.op_type not in ("Conv", "Gemm", "ConvTranspose") or len(node.inputs) < 3 or node.inputs[2] is None:
             return
         made = [value.producer() for value in node.inputs[:2]]
-        if any(p is None or p.op_type != "DequantizeLinear" for p in made):
+        if self.portable or any(p is None or p.op_type != "DequantizeLinear" for p in made):
             return
-        scales = [p.inputs[1].const_value for p in made]
+        scales = [p.inputs[1] for p in made]
         bias = node.inputs[2].const_value
-        if bias is None or any(scale is None for scale in scales):
+        if bias is None or any(scale.const_value is None for scale in scales):
             return
-        step = (scales[0].numpy() * scales[1].numpy()).astype(np.float32)
+        step = (scales[0].const_value.numpy() * scales[1].const_value.numpy()).astype(np.float32)
         codes = np.rint(bias.numpy().astype(np.float64) / step)
         if np.abs(codes).max(initial=0) >= 2**31:
             return
-        parts = [self._constant(array) for array in (codes.astype(np.int32), step)]
+        # Runtimes multiply once, as they load the file: what the product is need not be in it.
+        parts = [self._constant(codes.astype(np.int32)), self._add(node, "Mul", scales).outputs[0]]
         axis = {"axis": 0} if step.ndim else {}
         node.replace_input_with(2, self._add(node, "DequantizeLinear", parts, axis).outputs[0])
+
+    def _narrow(self, value: Any) -> None:
+        """Store a scale or a bias in the least type that holds it exactly; runtimes widen it as they load the file."""
+        wide = value.const_value.numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            each = [wide.astype(kind) for kind in NARROWER.get(wide.dtype.name, ())]
+        found = next((narrow for narrow in each if (narrow == wide).all()), None)
+        if found is not None and wide.nbytes - found.nbytes > NODE_BYTES:
+            kind = value.const_value.dtype.name
+            cast = self._cast(self.graph[0], self._constant(found), kind)
+            self.ir.convenience.replace_all_uses_with(value, cast)
 
     # The graph ------------------------------------------------------------------------------------------------------
 
     def _constant(self, array: Array, name: str = "") -> Any:
         self.count += 1
-        name = name or f"quantized_{self.count}"
+        name = name or f"#{self.count}"
         if name in self.graph.initializers:
             name = f"{name}_{self.count}"
         tensor = self.ir.tensor(array, name=name)
@@ -495,6 +515,7 @@ class _Emitter:
             name=name, type=self.ir.TensorType(tensor.dtype), shape=self.ir.Shape(array.shape), const_value=tensor
         )
         self.graph.register_initializer(value)
+        self.constants.append(value)
         return value
 
     def _add(
@@ -512,8 +533,9 @@ class _Emitter:
         made = self.ir.Node(domain, operation, inputs, attributes, num_outputs=outputs)
         for value in made.outputs:
             self.count += 1
-            value.name = f"{operation.lower()}_{self.count}"
+            value.name = f"#{self.count}"
         (self.graph.insert_after if after else self.graph.insert_before)(beside, made)
+        made.name = None  # given by the graph; nobody asks for it, and there are hundreds
         return made
 
     def _cast(self, beside: Any, value: Any, kind: str) -> Any:
@@ -538,7 +560,7 @@ class _Emitter:
         self.graph.remove(node, safe=True)
 
     def _unused(self) -> None:
-        """Take out what nothing reads any more."""
+        """Take out what nothing reads any more, and what DequantizeLinear's results are, which its inputs tell."""
         gone = True
         while gone:
             gone = False
@@ -549,6 +571,9 @@ class _Emitter:
         for name, value in list(self.graph.initializers.items()):
             if not list(value.uses()) and not value.is_graph_output():
                 del self.graph.initializers[name]
+        for node in self.graph:
+            if node.op_type == "DequantizeLinear" and not node.outputs[0].is_graph_output():
+                node.outputs[0].type = node.outputs[0].shape = None
 
 
 def _from_whole(value: Any, *by: str) -> bool:

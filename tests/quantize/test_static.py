@@ -324,6 +324,27 @@ def test_four_bit_weights_alone_become_blocks_that_onnxruntime_multiplies(tmp_pa
     assert small.export("openvino", tmp_path / "m.xml", [x]).difference < 1e-3
 
 
+def test_a_file_has_little_beside_its_weights_and_its_runtime_works_that_out_once(tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(64, 512, 1), nn.ReLU(), nn.Conv2d(512, 512, 3, groups=512), nn.ReLU(), nn.Conv2d(512, 256, 1)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(8, 64, 5, 5)
+    model[2].bias.data[0] = 5000.0  # more than 16 bits
+    weights, outputs = 64 * 512 + 512 * 9 + 512 * 256, 512 + 512 + 256
+    for target, format, name in (("onnxruntime-x86", "onnx", "m.onnx"), ("openvino", "openvino", "m.xml")):
+        small = fw.compress(model, quantize.Static(target=target), task=fw.Task(x[:2], calibration=[x]))
+        assert min(small.export(format, tmp_path / name, [x]).signal_to_noise_db) > 40
+    # A scale is a float16; a bias 2 bytes, or 4 for all of a layer where one of them takes more; OpenVINO's are floats.
+    size = (tmp_path / "m.onnx").stat().st_size
+    assert size - weights < outputs * (2 + 2) + 512 * 2 + 3000
+    assert (tmp_path / "m.bin").stat().st_size - weights < outputs * (2 + 4) + 200
+    OnnxModel(tmp_path / "m.onnx", optimized=tmp_path / "optimized.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 3
+    assert not {"Cast", "Mul"} & set(kinds)
+    kernels = fused.in_openvino(OpenVINOModel(tmp_path / "m.xml"))
+    assert (kernels.integer, kernels.float) == (3, 0), str(kernels)
+
+
 def test_an_opset_without_the_types_is_refused(tmp_path):
     _, small = residual(bits=4, activation_bits=4)
     with pytest.raises(ExportError, match=r"opset 18 has no whole numbers of 4 and 16 bits.*21 or more"):
