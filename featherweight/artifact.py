@@ -196,14 +196,15 @@ def _of_tensor(place: str, held: Sequence[Constrained], beneath: Tensor) -> dict
 
 def _coded(held: Sequence[Constrained], value: Tensor, kept: Tensor | None) -> tuple[int, Tensor] | None:
     """The topmost constraint that has numbers for the values, and these less those of zeros; None where none has."""
-    for number, constraint in reversed(list(enumerate(held))):
-        codes = constraint.codes(value)
-        if codes is not None:
-            again = constraint.decoded(codes)
+    zeros = torch.zeros_like(value)
+    for place, constraint in reversed(list(enumerate(held))):
+        numbers = constraint.numbers(value, zeros)
+        if numbers is not None:
+            again = constraint.numbered(numbers, zeros)
             exact = torch.equal(again, value)
             if not exact and kept is not None:
                 exact = bool(((again == value).cpu() | ~kept).all())
-            return (number, codes - constraint.zero_codes(torch.zeros_like(value))) if exact else None
+            return (place, numbers) if exact else None
     return None
 
 
@@ -467,8 +468,7 @@ class Opened(Mapping[str, Tensor]):
                 zeros[kept.to(device)] = tensors.decode(stream, entry.dtype, (int(kept.sum()),)).to(device)
                 return zeros
             constraint = held[entry.coded]
-            codes = torch.from_numpy(_whole(stream, entry.shape, kept)).to(device)
-            value = constraint.decoded(codes + constraint.zero_codes(zeros))
+            value = constraint.numbered(torch.from_numpy(_whole(stream, entry.shape, kept)).to(device), zeros)
             return value if kept is None else torch.where(kept.to(device), value, zeros)
 
     def written(self, name: str) -> Tensor:

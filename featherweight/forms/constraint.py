@@ -72,9 +72,14 @@ class Constrained(nn.Module):
         """The values that the codes stand for: exactly those that `codes` was given."""
         raise NotImplementedError
 
-    def zero_codes(self, zeros: Tensor) -> Tensor:
-        """The codes of zeros, in a shape that broadcasts against theirs; of constraints that have codes."""
-        return cast(Tensor, self.codes(zeros))
+    def numbers(self, value: Tensor, zeros: Tensor) -> Tensor | None:
+        """The codes less those of zeros, of which files are made; `zeros` is a tensor of them like the value."""
+        codes = self.codes(value)
+        return None if codes is None else codes - cast(Tensor, self.codes(zeros))
+
+    def numbered(self, numbers: Tensor, zeros: Tensor) -> Tensor:
+        """The values that `numbers` was given."""
+        return self.decoded(numbers + cast(Tensor, self.codes(zeros)))
 
     def check(self, shape: torch.Size) -> None:
         """See whether the values in the state dict are such as the form says.

@@ -147,30 +147,36 @@ class Gridded(Constrained):
 
     def codes(self, value: Tensor) -> Tensor:
         """Whole numbers from 0 to ``2^bits − 1``: q less the least q."""
-        form = self.form
-        scale, zero_point = form.spread(self.scale, value.shape), form.spread(self.zero_point, value.shape)
-        found = whole(value, scale, zero_point, form.low, form.high).long() - form.low
-        if value.element_size() >= 4 or torch.equal(self.decoded(found), value):
-            return found
-        # In a type coarser than the grid several codes have one value, and the nearest code may have its neighbour's.
-        for shift in (1, -1):
-            beside = (found + shift).clamp(0, form.high - form.low)
-            better = (self.decoded(found) != value) & (self.decoded(beside) == value)
-            found = torch.where(better, beside, found)
-        return found
+        return self.numbers(value) + self._zero(value.shape)
 
     def decoded(self, codes: Tensor) -> Tensor:
         """The values of the codes, in the tensor's type."""
-        scale = self.form.spread(self.scale.detach(), codes.shape)
+        return self.numbered(codes - self._zero(codes.shape))
+
+    def numbers(self, value: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """q less the zero point."""
+        form, zero = self.form, self._zero(value.shape)
+        scale = form.spread(self.scale.detach(), value.shape)
+        exact = torch.promote_types(value.dtype, torch.float32)
+        least, most = -zero, form.high - form.low - zero
+        found = (value.detach().to(exact) / scale.to(exact)).round_().clamp_(least, most).long()
+        if value.element_size() >= 4 or torch.equal(self.numbered(found), value):
+            return found
+        # In a type coarser than the grid several numbers have one value, and the nearest may have its neighbour's.
+        for shift in (1, -1):
+            beside = (found + shift).clamp(least, most)
+            better = (self.numbered(found) != value) & (self.numbered(beside) == value)
+            found = torch.where(better, beside, found)
+        return found
+
+    def numbered(self, numbers: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """Their values, in the tensor's type."""
+        scale = self.form.spread(self.scale.detach(), numbers.shape)
         exact = torch.promote_types(self.kind.dtype, torch.float32)
-        return ((codes - self._zero(codes.shape)).to(exact) * scale.to(exact)).to(self.kind.dtype)
+        return (numbers.to(exact) * scale.to(exact)).to(self.kind.dtype)
 
-    def zero_codes(self, zeros: Tensor) -> Tensor:
-        """The zero points, counted from the least whole number."""
-        return torch.as_tensor(self._zero(zeros.shape), device=zeros.device)
-
-    def _zero(self, shape: torch.Size) -> Tensor | int:
-        """The code of zero, or one that broadcasts against a tensor of this shape for each of its scales."""
+    def _zero(self, shape: torch.Size) -> Any:
+        """The code of zero; a tensor of them, which broadcasts against one of this shape, where scales have their own."""
         if self.form.symmetric:
             return -self.form.low
         return self.form.spread(self.zero_point, shape).long() - self.form.low
