@@ -176,7 +176,7 @@ class Gridded(Constrained):
         return (numbers.to(exact) * scale.to(exact)).to(self.kind.dtype)
 
     def _zero(self, shape: torch.Size) -> Any:
-        """The code of zero; a tensor of them, which broadcasts against one of this shape, where scales have their own."""
+        """The code of zero; a tensor of them, to broadcast against one of this shape, where scales have their own."""
         if self.form.symmetric:
             return -self.form.low
         return self.form.spread(self.zero_point, shape).long() - self.form.low
