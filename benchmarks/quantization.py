@@ -253,6 +253,34 @@ def photographed_network(python: str | None, images: int) -> list[str]:
     return rows
 
 
+def sizes(samples: int) -> list[str]:
+    """A row for every file of the networks with random weights: its bytes, and what of it runs on whole numbers."""
+    rows = []
+    for name in vision.NETWORKS:
+        network, calibration = vision.make(name), vision.images(samples, seed=2)
+        task = fw.Task(calibration[:1], calibration=calibration.split(8))
+        with tempfile.TemporaryDirectory() as place:
+            whole = Path(place) / "float.onnx"
+            export(network, as_inputs(calibration[:1]), "onnx", whole, dynamic_batch=False)
+            for target, format, ending in (("onnxruntime-x86", "onnx", "onnx"), ("openvino", "openvino", "xml")):
+                small = fw.compress(network, quantize.Static(target=target, samples=samples), task=task)
+                path = Path(place) / f"ours.{ending}"
+                small.export(format, path, dynamic_batch=False, tolerance=1.0)
+                model = _opened(path)
+                kernels = in_onnxruntime(path) if isinstance(model, OnnxModel) else in_openvino(model)
+                values = path.with_suffix(".bin") if ending == "xml" else path
+                both = values.stat().st_size + (path.stat().st_size if values != path else 0)
+                cells = (
+                    f"{whole.stat().st_size:,} | {values.stat().st_size:,} | "
+                    f"{whole.stat().st_size / values.stat().st_size:.2f}× | {whole.stat().st_size / both:.2f}× | "
+                    f"{kernels.integer} of {kernels.total}"
+                )
+                runtime = "ONNX Runtime" if ending == "onnx" else "OpenVINO"
+                rows.append(f"| {name} | {runtime} | {cells} |")
+                print(rows[-1], flush=True)
+    return rows
+
+
 def main(
     peer_python: str | None, samples: int, repeats: int, epochs: float, images: int, parts: Sequence[str], write: bool
 ) -> None:
@@ -272,6 +300,18 @@ def main(
         for name in vision.NETWORKS:
             lines += random_network(name, peer_python, samples, repeats)
             print("\n".join(lines), flush=True)
+    if "sizes" in parts:
+        lines += [
+            "",
+            f"## {HEADINGS['sizes']}, 8 bits",
+            "",
+            f"Random weights, {samples} calibration samples. Bytes of the ONNX file, and of OpenVINO's values (`.bin`), "
+            "which stand beside a description (`.xml`).",
+            "",
+            "| network | for | float32, ONNX | values | smaller | with the description | on whole numbers |",
+            "|---|---|---|---|---|---|---|",
+            *sizes(samples),
+        ]
     for part in ("fashion", "trained"):
         if part not in parts:
             continue
@@ -302,6 +342,7 @@ def main(
 
 HEADINGS = {
     "random": "ResNet-18 and MobileNetV2",
+    "sizes": "How small files of whole numbers are",
     "fashion": "The demo network, calibrated alone",
     "trained": "The demo network, trained on the grids",
     "efficientnet": "EfficientNet-Lite0",
