@@ -266,7 +266,7 @@ def main(options: argparse.Namespace) -> None:
     """Print the tables asked for."""
     torch.set_num_threads(options.threads)
     fw.inspect(digits.base(), digits.data()[0].images[:1])  # what PyTorch loads at the first count is nobody's time
-    lines = [f"{options.threads} threads."]
+    lines = [f"Threads: {options.threads}."]
     tables: dict[str, Callable[[], list[str]]] = {
         "digits": lambda: digits_table(options.seeds, options.samples),
         "fashion": lambda: fashion_table(min(3, options.seeds), options.tuned),

@@ -301,12 +301,15 @@ def main(
             lines += random_network(name, peer_python, samples, repeats)
             print("\n".join(lines), flush=True)
     if "sizes" in parts:
+        what = (
+            f"Random weights, {samples} calibration samples. Bytes of the ONNX file; for OpenVINO of the values "
+            "(`.bin`), which stand beside a description (`.xml`)."
+        )
         lines += [
             "",
             f"## {HEADINGS['sizes']}, 8 bits",
             "",
-            f"Random weights, {samples} calibration samples. Bytes of the ONNX file, and of OpenVINO's values (`.bin`), "
-            "which stand beside a description (`.xml`).",
+            what,
             "",
             "| network | for | float32, ONNX | values | smaller | with the description | on whole numbers |",
             "|---|---|---|---|---|---|---|",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,7 @@ def publish(name: str, what: str, lines: Sequence[str], write: bool, *, parts: S
         lines = [part for line in lines for part in ([line, "", made] if line.startswith("## ") else [line])]
         if write and file.exists():
             lines += _others(file.read_text(encoding="utf-8"), parts)
-    text = "\n".join([f"# {what.strip().splitlines()[0]}", "", *lines, ""])
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join([f"# {what.strip().splitlines()[0]}", "", *lines, ""]))
     print(text)
     if write:
         FOLDER.mkdir(exist_ok=True)

@@ -147,7 +147,8 @@ class Gridded(Constrained):
 
     def codes(self, value: Tensor) -> Tensor:
         """Whole numbers from 0 to ``2^bits − 1``: q less the least q."""
-        return self.numbers(value) + self._zero(value.shape)
+        found: Tensor = self.numbers(value) + self._zero(value.shape)
+        return found
 
     def decoded(self, codes: Tensor) -> Tensor:
         """The values of the codes, in the tensor's type."""
