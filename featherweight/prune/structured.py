@@ -15,7 +15,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -321,6 +321,7 @@ class _Work:
         self.coupling = couple(study.original, study.task.inputs().on(study.original))
         self.left: dict[str, str] = {}
         self.unscored: dict[str, list[str]] = {}  # why a score says nothing of groups, and which
+        self._graph_tells: bool | None = None  # whether the graph form costs what the network will
         self._mended: dict[str, tuple[dict[str, Tensor], list[str]]] = {}  # by the units that stay: values and notes
         self.layers = weighted_layers(study.original)
         self.groups = [group for group in self.coupling.groups if self._wanted(group)]
@@ -479,14 +480,23 @@ class _Work:
         return " ".join([group.kind, *sorted(f"{s.role}:{type(modules.get(s.layer)).__name__}" for s in group.sites)])
 
     def _true(self, widths: Mapping[str, int]) -> dict[str, float]:
-        """What the network costs at these widths, whichever units stay."""
-        return _metrics(self.narrowed({g.name: range(widths[g.name]) for g in self._narrowed(widths)}).total)
+        """What the network costs at these widths, whichever units stay.
 
-    def narrowed(self, kept: Mapping[str, Sequence[int]]) -> Profile:
-        """The costs of the network with these units kept."""
+        The graph form is made several times sooner; whether it costs the same is seen once. It does not where a model
+        has parameters that are never used.
+        """
+        kept = {group.name: range(widths[group.name]) for group in self._narrowed(widths)}
+        if self._graph_tells is None:
+            true = _metrics(self.narrowed(kept).total)
+            self._graph_tells = bool(kept) and true == _metrics(self.narrowed(kept, "graph").total)
+            return true
+        return _metrics(self.narrowed(kept, "graph" if self._graph_tells else None).total)
+
+    def narrowed(self, kept: Mapping[str, Sequence[int]], form: Literal["graph"] | None = None) -> Profile:
+        """The costs of the network with these units kept, in this form or the one that it will have."""
         if not kept:
             return self.study.profile
-        made = narrow(self.study.original, self.coupling, kept, check=False)
+        made = narrow(self.study.original, self.coupling, kept, form=form, check=False)
         return profile(made.module, self.study.task.inputs())
 
     # What units are worth -------------------------------------------------------------------------------------------
