@@ -294,6 +294,14 @@ def test_a_budget_of_a_wider_network_is_used_up_to_a_hundredth(share):
     assert 0.99 * share * before <= after <= share * before
 
 
+def test_a_budget_counts_parameters_that_are_never_used():
+    model = make(Wider)
+    model.unused = nn.Parameter(torch.ones(20_000))  # a third of all, in no graph of what is computed
+    limit = 0.6 * sum(p.numel() for p in model.parameters())
+    compressed = fw.compress(model, prune.Channels(budget=fw.Budget(params=0.6)), task=task_of(model))
+    assert 0.98 * limit <= sum(p.numel() for p in compressed.model.parameters()) <= limit
+
+
 def test_two_budgets_hold_together():
     model = make(Wide)
     task = task_of(model)
