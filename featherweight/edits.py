@@ -24,6 +24,7 @@ from featherweight.forms import (
     beneath,
     constrained_tensors,
     constraints_on,
+    parametrized,
     released,
 )
 from featherweight.graph import GraphError, ModelGraph, Narrowing, fold, graph_module, put_on_edges
@@ -326,7 +327,7 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
                 constraint.scale.mul_(torch.where(each > 0, each, 1))
         elif not isinstance(constraint, Masked):
             raise EditError(f"{name} is confined to {constraint}, and would not be after it is multiplied")
-    stack = getattr(holder, "parametrizations", {})
+    stack = parametrized(holder)
     old = stack[leaf].original if leaf in stack else getattr(holder, leaf)
     with torch.no_grad():
         new = nn.Parameter((old.double() * spread(factor)).to(old.dtype), requires_grad=old.requires_grad)

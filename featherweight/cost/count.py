@@ -30,7 +30,7 @@ from featherweight import batch
 from featherweight.cost import operations
 from featherweight.cost.cost import Cost
 from featherweight.errors import TaskError
-from featherweight.forms import Constrained, Rounded, constraints_on, stored, without_data
+from featherweight.forms import Constrained, Rounded, constraints_on, parametrized, stored, without_data
 
 Shape = tuple[int, ...]
 
@@ -191,8 +191,8 @@ class _Row:
 
     def confined(self) -> list[tuple[nn.Module, str]]:
         """The modules with a tensor that a constraint is on, and that tensor's name."""
-        held = [(module, getattr(module, "parametrizations", {})) for module in self.modules()]
-        return [(module, name) for module, names in held for name in names if constraints_on(module, name)]
+        held = [(module, name) for module in self.modules() for name in parametrized(module)]
+        return [(module, name) for module, name in held if constraints_on(module, name)]
 
     def _plain(self) -> list[nn.Module]:
         """The modules without what a confined tensor is made of, which is stored in a form of its own."""

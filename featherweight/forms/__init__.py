@@ -8,6 +8,7 @@ from featherweight.forms.constraint import (
     beneath,
     constrained_tensors,
     constraints_on,
+    parametrized,
     released,
     stored,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "in_runs",
     "is_layer",
     "out_of_blocks",
+    "parametrized",
     "released",
     "stored",
     "without_data",

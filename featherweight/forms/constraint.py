@@ -154,22 +154,31 @@ class Constraint(Form):
         return made.train(layer.training)
 
 
+def parametrized(module: nn.Module) -> Mapping[str, Any]:
+    """A module's parametrizations, by the name of the tensor that they are on; also the user's own.
+
+    In a captured graph a module of that name holds what they were made of, and none are left.
+    """
+    held = getattr(module, "parametrizations", None)
+    return cast(Mapping[str, Any], held) if isinstance(held, nn.ModuleDict) else {}
+
+
 def constraints_on(layer: nn.Module, tensor: str = "weight") -> list[Constrained]:
     """The constraints on a layer's tensor, from the lowest up."""
-    held = getattr(layer, "parametrizations", {})
+    held = parametrized(layer)
     return [c for c in held[tensor] if isinstance(c, Constrained)] if tensor in held else []
 
 
 def beneath(layer: nn.Module, tensor: str = "weight") -> Tensor:
     """The parameter beneath the constraints of a layer's tensor; the tensor itself where there are none."""
-    held = getattr(layer, "parametrizations", {})
+    held = parametrized(layer)
     return cast(Tensor, held[tensor].original if tensor in held else getattr(layer, tensor))
 
 
 def constrained_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every tensor that a constraint is on: the name of the module that has it, the module, and the tensor's name."""
     for name, module in model.named_modules():
-        for tensor in getattr(module, "parametrizations", {}):
+        for tensor in parametrized(module):
             if constraints_on(module, tensor):
                 yield name, module, tensor
 

@@ -25,8 +25,13 @@ class Masked(Constrained):
 
     def __init__(self, like: Tensor, kept: int) -> None:
         super().__init__()
-        self.kept = kept
+        self._kept, self._places = kept, like.numel()
         self.register_buffer("mask", torch.ones_like(like, dtype=torch.bool))
+
+    @property
+    def kept(self) -> int:
+        """How many places the mask keeps, or is to keep; of a tensor that was narrowed since, how many are left."""
+        return self._kept if self.mask.numel() == self._places else int(self.mask.sum())
 
     def forward(self, original: Tensor) -> Tensor:
         """Any shape → the same."""

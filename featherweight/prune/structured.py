@@ -482,8 +482,8 @@ class _Work:
     def _true(self, widths: Mapping[str, int]) -> dict[str, float]:
         """What the network costs at these widths, whichever units stay.
 
-        The graph form is made several times sooner; whether it costs the same is seen once. It does not where a model
-        has parameters that are never used.
+        The graph form is made several times sooner; whether it costs the same is seen once. It does not where weights
+        are confined, which a graph computes with as with any others.
         """
         kept = {group.name: range(widths[group.name]) for group in self._narrowed(widths)}
         if self._graph_tells is None:

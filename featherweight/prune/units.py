@@ -74,6 +74,14 @@ def members(coupling: Coupling, group: Group, roles: Collection[str]) -> list[Te
     return [matrix for site in sites for matrix in slices(tensors[site.tensor], site, group.size)]
 
 
+def _owner(tensor: str) -> str:
+    """The module whose weight a tensor is; of what only confines a weight, none."""
+    module, confined, of = tensor.partition(".parametrizations.")
+    if confined:
+        return module if of.endswith(".original") else ""
+    return tensor.rpartition(".")[0]
+
+
 def bills(
     coupling: Coupling, groups: Sequence[Group], counted: Profile, limits: Mapping[str, float]
 ) -> dict[str, Bill]:
@@ -105,10 +113,10 @@ def bills(
             return float(tensor.numel() * tensor.element_size())
         if metric == "params":
             return float(tensor.numel()) if isinstance(tensor, nn.Parameter) else 0.0
-        owner = name.rpartition(".")[0]
+        owner = _owner(name)
         if owner not in counted.layers or tensor.ndim < 2:
             return 0.0
-        beside = [t.numel() for n, t in tensors.items() if n.rpartition(".")[0] == owner and t.ndim > 1]
+        beside = [t.numel() for n, t in tensors.items() if _owner(n) == owner and t.ndim > 1]
         return counted.layers[owner].cost.macs * tensor.numel() / sum(beside)
 
     found = {}

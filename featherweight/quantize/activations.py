@@ -16,7 +16,7 @@ from featherweight.batch import mode, sketch, tensors_in
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
 from featherweight.errors import EditError
-from featherweight.forms import Grid, Rounded, Rounding, constraints_on
+from featherweight.forms import Grid, Rounded, Rounding, constraints_on, parametrized
 from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max, short
 from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names, weight_of
 from featherweight.graph.rules import operation_of
@@ -293,7 +293,7 @@ def _biases(graph: ModelGraph, placement: Placement) -> dict[str, tuple[str, int
         if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) != 1:
             continue
         path, _, leaf = str(bias.target).rpartition(".")
-        if leaf not in getattr(graph.get_submodule(path), "parametrizations", {}):
+        if leaf not in parametrized(graph.get_submodule(path)):
             operation = operation_of(node)
             held[name] = (str(bias.target), -1 if operation == "linear" else -1 - int(operation[-2]))
     return held

@@ -27,7 +27,7 @@ from featherweight.curvature.rounding import swept
 from featherweight.curvature.sweeps import Matrix, conditional, matrix, steadiness, steady
 from featherweight.edits import Constrain, Edit, Leave
 from featherweight.errors import BudgetError
-from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer
+from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer, parametrized
 from featherweight.forms.grid import WIDTHS
 from featherweight.layers import layer_names, obstacles, unmatched, weighted_layers, without_values
 from featherweight.mend import fold_batch_norms
@@ -313,7 +313,7 @@ class _Bench:
             cast(Masked, tight.put_on(built)).mask.copy_(numbers != 0)
             yield Constrain(name, tight, _state(built))
         yield Constrain(name, _on_grid(built, "weight", numbers, step), _state(built))
-        if built.bias is not None and bool(built.bias.any()) and "bias" not in getattr(built, "parametrizations", {}):
+        if built.bias is not None and bool(built.bias.any()) and "bias" not in parametrized(built):
             matters = of.positions * float(outputs_matter(of).mean()) if of.gradients is not None else 0.0
             size = float(built.bias.detach().double().square().mean().sqrt())
             step = min(unit / math.sqrt(matters), size / 4) if matters else size * share
