@@ -266,16 +266,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python")
     parser.add_argument("--nncodec-python")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--shares", nargs="+", type=float, default=[5.0, 6.0, 7.0], help="times smaller")
     parser.add_argument("--write", action="store_true", help="also keep the tables in benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines: list[str] = []
-    for name in arguments.only:
+    for name in arguments.parts:
         lines += [*PARTS[name](arguments), ""]
         print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
-    publish("coding", __doc__ or "", lines, arguments.write, parts=[HEADINGS[part] for part in arguments.only])
+    publish("coding", __doc__ or "", lines, arguments.write, parts=[HEADINGS[part] for part in arguments.parts])
 
 
 if __name__ == "__main__":
