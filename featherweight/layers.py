@@ -112,7 +112,7 @@ def settled(layer: Layer) -> str | None:
 
 
 def without_values(layer: Layer) -> str | None:
-    """The same for steps that give the values that are not zero others: also where there are none."""
+    """Why a layer has no values to give others to: as in `settled`, or all of them are zero, and stay so."""
     if (reason := settled(layer)) is not None:
         return reason
     return None if bool(layer.weight.detach().count_nonzero()) else "all of its weights are zero"

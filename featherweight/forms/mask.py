@@ -31,7 +31,9 @@ class Masked(Constrained):
     @property
     def kept(self) -> int:
         """How many places the mask keeps, or is to keep; of a tensor that was narrowed since, how many are left."""
-        return self._kept if self.mask.numel() == self._places else int(self.mask.sum())
+        if self.mask.numel() != self._places and not self.mask.is_meta:  # kept for copies without data
+            self._kept, self._places = int(self.mask.sum()), self.mask.numel()
+        return min(self._kept, self.mask.numel())
 
     def forward(self, original: Tensor) -> Tensor:
         """Any shape → the same."""

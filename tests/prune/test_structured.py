@@ -11,7 +11,7 @@ from networks import Attention, Mixed, Residual, Transformer, assert_same_state,
 from torch import Tensor, nn
 
 import featherweight as fw
-from featherweight import factorize, prune
+from featherweight import factorize, prune, quantize
 from featherweight.cost.count import profile
 from featherweight.edits import Narrow, Replace
 from featherweight.errors import BudgetError, NoEffect, RecipeError
@@ -309,6 +309,8 @@ def test_budgets_of_a_network_with_masks_are_met(kind):
         weights = sum(int(module.weight.count_nonzero()) for _, module, _ in constrained_tensors(compressed.model))
         others = sum(p.numel() for n, p in compressed.model.named_parameters() if not n.endswith("original"))
         assert after.params == weights + others
+        coarse = fw.compress(compressed.model, quantize.Weights(bits=4), task=task)
+        assert coarse.ledger.after.total.params == after.params
 
 
 def test_two_budgets_hold_together():
