@@ -236,25 +236,32 @@ def _entry(
         coding: how hard to try.
     """
     if confined is None:
-        return Entry(name, tensor.dtype, tuple(tensor.shape)), tensors.encode(tensor, coding)
+        stream = tensors.encode(tensor, coding)
+        return Entry.of(stream, name, tensor.dtype, tuple(tensor.shape)), stream
+    stream = _stream(confined, coding)
     masks = tuple(places[mask] for mask in confined.masks)
-    entry = Entry(name, tensor.dtype, tuple(tensor.shape), masks, confined.by)
-    if confined.by is not None and confined.values.is_floating_point():  # the constraints make it of nothing
-        return entry, b""
+    return Entry.of(stream, name, tensor.dtype, tuple(tensor.shape), masks, confined.by), stream
+
+
+def _stream(confined: _Confined, coding: Coding) -> bytes:
+    """What is written of a tensor that constraints have to do with."""
+    if confined.values.is_floating_point():
+        if confined.by is not None:  # the constraints make it of nothing
+            return b""
+        return tensors.encode(confined.values.cpu()[confined.kept], coding)
     kept = None if confined.kept is None else confined.kept.numpy()
-    if confined.by is None and confined.values.is_floating_point():
-        return entry, tensors.encode(confined.values.cpu()[confined.kept], coding)
     stream = tensors.encode_whole(confined.values.to(torch.int64).cpu().numpy(), coding, kept, 0)
-    if stream is None:
-        codes = confined.values.to("cpu", torch.int64)
-        stream = tensors.encode(codes if confined.kept is None else codes[confined.kept], coding)
-    return entry, stream
+    if stream is not None:
+        return stream
+    codes = confined.values.to("cpu", torch.int64)
+    return tensors.encode(codes if confined.kept is None else codes[confined.kept], coding)
 
 
 def _record(ledger: Ledger) -> tuple[Entry, bytes]:
     """The ledger's entry and stream: JSON, deflated. With its curves it is as long as a small network's weights."""
     packed = torch.frombuffer(bytearray(zlib.compress(json.dumps(ledger.to_json()).encode(), 9)), dtype=torch.uint8)
-    return Entry("(record)", torch.uint8, tuple(packed.shape)), tensors.encode(packed, "huffman")
+    stream = tensors.encode(packed, "huffman")
+    return Entry.of(stream, "(record)", torch.uint8, tuple(packed.shape)), stream
 
 
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -71,8 +71,8 @@ def pack(source: Where, target: Where, *, coding: Coding = "small") -> int:
             try:
                 for name in track(_in_order(source), "packing"):
                     tensor = file.get_tensor(name)
-                    entry = Entry(name, tensor.dtype, tuple(tensor.shape))
-                    writer.add(entry, tensors.encode(tensor, coding))
+                    stream = tensors.encode(tensor, coding)
+                    writer.add(Entry.of(stream, name, tensor.dtype, tuple(tensor.shape)), stream)
                 return writer.finish(about)
             finally:
                 writer.close()

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,6 +100,21 @@ class Entry:
     checksum: int = 0
     inline: builtins.bytes | None = None
 
+    @classmethod
+    def of(
+        cls,
+        stream: builtins.bytes,
+        name: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        kept: tuple[int, ...] = (),
+        coded: int | None = None,
+    ) -> Entry:
+        """The entry of a tensor whose stream this is, before it has its place in a file."""
+        if len(stream) <= INLINE:
+            return cls(name, dtype, shape, kept, coded, inline=stream)
+        return cls(name, dtype, shape, kept, coded, size=len(stream), checksum=zlib.crc32(stream))
+
     @property
     def values(self) -> int:
         """How many values the tensor has."""
@@ -124,12 +139,10 @@ class Writer:
         self._streams = tempfile.SpooledTemporaryFile(1 << 26, dir=str(self.path.parent))  # noqa: SIM115
 
     def add(self, entry: Entry, stream: bytes) -> None:
-        """Add a tensor and its stream."""
-        if len(stream) <= INLINE:
-            self.entries.append(replace(entry, inline=stream))
-        else:
+        """Add a tensor, its entry `Entry.of` its stream."""
+        self.entries.append(entry)
+        if entry.inline is None:
             self._streams.write(stream)
-            self.entries.append(replace(entry, size=len(stream), checksum=zlib.crc32(stream)))
 
     def close(self) -> None:
         """Forget what was collected."""

@@ -9,9 +9,13 @@ from featherweight.errors import ArtifactError
 
 Whole = NDArray[np.int64]
 
+_SHORT = tuple(bytes([value]) for value in range(128))
+
 
 def varint(value: int) -> bytes:
     """A number from 0, seven bits a byte, the lowest first; the top bit says that more follow (LEB128)."""
+    if value < 128:  # nearly always
+        return _SHORT[value]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -103,8 +107,11 @@ class Reader:
         Raises:
             ArtifactError: it is longer, or not over where the data is.
         """
-        value = 0
-        for shift in range(0, 70, 7):
+        value = self.byte()
+        if value < 128:  # nearly always
+            return value
+        value &= 127
+        for shift in range(7, 70, 7):
             byte = self.byte()
             value |= (byte & 127) << shift
             if byte < 128:

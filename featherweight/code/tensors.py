@@ -121,20 +121,28 @@ def _most_frequent(values: Whole, counted: histogram.Counted | None) -> int:
 
 
 def _from_table(data: Reader, method: int, count: int) -> Whole:
-    by_huffman = method in (HUFFMAN, SPARSE_HUFFMAN)
+    if count <= BLOCK:
+        return _block_from_table(data, method, count)
     found = np.empty(count, np.int64)
     for begin in range(0, count, BLOCK):
-        size = min(BLOCK, count - begin)
-        part = Reader(data.take(data.varint() if count > BLOCK else data.left))
-        if method in (TABLE, HUFFMAN):
-            found[begin : begin + size] = histogram.decode(part, size, by_huffman)
-            continue
-        most = unzigzag(part.varint())
-        others = histogram.decode_flags(Reader(part.take(part.varint())), size, by_huffman)
-        block = np.full(size, most)
-        block[others] = histogram.decode(part, int(others.sum()), by_huffman)
-        found[begin : begin + size] = block
+        part, size = Reader(data.take(data.varint())), min(BLOCK, count - begin)
+        found[begin : begin + size] = _block_from_table(part, method, size)
     data.end()
+    return found
+
+
+def _block_from_table(data: Reader, method: int, count: int) -> Whole:
+    """The numbers of one block, (count,); reads all of the data."""
+    by_huffman = method in (HUFFMAN, SPARSE_HUFFMAN)
+    if method in (TABLE, HUFFMAN):
+        return histogram.decode(data, count, by_huffman)
+    if not count:
+        data.end()
+        return np.zeros(0, np.int64)
+    most = unzigzag(data.varint())
+    others = histogram.decode_flags(Reader(data.take(data.varint())), count, by_huffman)
+    found = np.full(count, most)
+    found[others] = histogram.decode(data, int(others.sum()), by_huffman)
     return found
 
 
@@ -181,13 +189,17 @@ def decode(data: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         raise ArtifactError("it is written in a way that this version does not know")
     parts = 2 if dtype.is_complex else 1
     width = dtype.itemsize // parts
-    elements = np.empty(count * parts, f"<u{width}")
-    for begin in range(0, len(elements), BLOCK):
-        size = min(BLOCK, len(elements) - begin)
-        elements[begin : begin + size] = _decode_planes(data, size, width)
+    total = count * parts
+    if 0 < total <= BLOCK:
+        elements = _decode_planes(data, total, width)
+    else:
+        elements = np.empty(total, f"<u{width}")
+        for begin in range(0, total, BLOCK):
+            size = min(BLOCK, total - begin)
+            elements[begin : begin + size] = _decode_planes(data, size, width)
     data.end()
     if dtype.is_floating_point or dtype.is_complex:
-        elements = elements >> 1 | (elements & 1) << (8 * width - 1)
+        elements = cast(Elements, elements >> 1 | (elements & 1) << (8 * width - 1))
     raw = torch.from_numpy(elements.view(np.uint8))
     return raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
 
@@ -233,7 +245,9 @@ def _encode_planes(elements: Elements, coding: Coding) -> bytes:
     count, width = len(elements), elements.dtype.itemsize
     planes = elements.reshape(-1, 1).view(np.uint8)
     if count <= FEW:
-        return b"".join(bytes([PLAIN]) + planes[:, place].tobytes() for place in range(width - 1, -1, -1))
+        plain = np.full((width, count + 1), PLAIN, np.uint8)
+        plain[:, 1:] = planes.T[::-1]
+        return plain.tobytes()
     above: NDArray[np.uint8] | None = None
     parts: list[bytes] = []
     for place in range(width - 1, -1, -1):
