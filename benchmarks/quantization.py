@@ -269,6 +269,14 @@ def photographed_network(python: str | None, images: int) -> list[str]:
     return [f"{before:.1f}", *rows]
 
 
+def integer_instructions() -> str:
+    """What this processor multiplies whole numbers with."""
+    for flag, name in (("amx_int8", "with AMX"), ("avx512_vnni", "with VNNI"), ("avx_vnni", "with VNNI")):
+        if flag in processor().instructions:
+            return name
+    return "without VNNI"
+
+
 def sizes(samples: int) -> list[str]:
     """A row for every file of the networks with random weights: its bytes, and what of it runs on whole numbers."""
     rows = []
@@ -303,10 +311,12 @@ def main(
     """Print the tables."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # Speeds on one kind of processor say nothing of those on another: each keeps its table.
+    titles = {**HEADINGS, "random": f"{HEADINGS['random']} {integer_instructions()}"}
     lines: list[str] = []
     if "random" in parts:
         lines += [
-            f"## {HEADINGS['random']}, random weights",
+            f"## {titles['random']}, random weights",
             "",
             f"{processor()}. {samples} calibration samples, {NNCF_SAMPLES} for NNCF (defaults); {repeats} timed calls.",
             "",
@@ -362,7 +372,7 @@ def main(
             "|---|---|---|---|---|---|---|---|---|",
             *rows,
         ]
-    publish("quantization", __doc__ or "", lines, write, parts=[HEADINGS[part] for part in parts])
+    publish("quantization", __doc__ or "", lines, write, parts=[titles[part] for part in parts])
 
 
 HEADINGS = {
