@@ -70,7 +70,8 @@ class Compressed:
             path: where to.
             ledger: whether the record goes into the file too; it may be as large as a small network. By default it does
                 unless the file is then larger than the bytes that a `quantize.RateDistortion` was asked for.
-            coding: ``small`` for the least bytes; ``fast``; ``huffman``, as Deep Compression has it, to compare with.
+            coding: ``small`` for the least bytes, as far as they are worth their time; ``fast``; ``huffman``, as Deep
+                Compression has it, to compare with.
             fold: take the statistics of batch norms into their weights, which makes the file smaller. In evaluation
                 mode the answers stay the same up to rounding; a model that is to be trained on is better left as it is.
         Raises:

@@ -18,8 +18,8 @@ Whole = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Elements = NDArray[np.unsignedinteger]
 
-# How hard to try: the least bytes; many times as fast, for some 10 to 30 % more where weights are pruned; Huffman's
-# code as Deep Compression has it, to compare with.
+# How hard to try: the least bytes, but for savings that are not worth their time; many times as fast, for some 10 to 30 %
+# more where weights are pruned; Huffman's code as Deep Compression has it, to compare with.
 Coding = Literal["small", "fast", "huffman"]
 CODINGS = ("small", "fast", "huffman")
 
@@ -37,6 +37,9 @@ BLOCK = 1 << 22
 # one to five seconds a million, each way.
 MIXED_LIMIT = 1 << 22
 MIXED_TRIED = 1 << 20
+# Of matrices of more than twice so many values as many are tried first; their surroundings have to save this much there,
+# for a hundred times the time. What a part saves is near to what the whole does.
+MIXED_SAMPLE, MIXED_WORTH = 1 << 14, 0.98
 # Of so large a share, the most frequent number is worth saying apart where it is.
 SPARSE_SHARE = 0.6
 # The saving for which a plane of bytes is coded at all.
@@ -65,10 +68,21 @@ def encode_whole(
         return None
     tried = [_by_table(coded, coding == "huffman")]
     if coding == "small" and span and values.size <= MIXED_TRIED:
-        shape = matrix(values.shape)
-        mask = None if kept is None else kept.reshape(shape)
-        tried.append(bytes([MIXED]) + mixing.encode(values.reshape(shape), mask, center))
+        rows = matrix(values.shape)
+        whole, mask = values.reshape(rows), None if kept is None else kept.reshape(rows)
+        if _worth_mixing(whole, mask, center):
+            tried.append(bytes([MIXED]) + mixing.encode(whole, mask, center))
     return _filled(min(tried, key=len), len(coded))
+
+
+def _worth_mixing(values: Whole, kept: Flags | None, center: int | None) -> bool:
+    """Whether a matrix is to be written by its surroundings, as far as its first rows tell; yes for small ones."""
+    if values.size <= 2 * MIXED_SAMPLE:
+        return True
+    rows = max(1, MIXED_SAMPLE // values.shape[1])
+    part, mask = values[:rows], None if kept is None else kept[:rows]
+    coded = part.ravel() if mask is None else part[mask]
+    return not len(coded) or len(mixing.encode(part, mask, center)) < MIXED_WORTH * len(_by_table(coded, False))
 
 
 def decode_whole(data: Reader, shape: tuple[int, ...], kept: Flags | None = None) -> Whole:

@@ -87,3 +87,13 @@ def test_small_is_smallest_and_huffman_never_below_a_bit():
     assert sizes["small"] < sizes["fast"] <= sizes["huffman"] * 1.05
     dense = torch.randint(0, 2, (100, 100), generator=drawn, dtype=torch.int8)
     assert len(tensors.encode(dense, "huffman")) >= 1250
+
+
+def test_surroundings_are_used_where_they_tell_something():
+    generator = np.random.default_rng(0)
+    plain = generator.integers(-8, 8, (300, 200))
+    assert tensors.encode_whole(plain, "small") == tensors.encode_whole(plain, "fast")
+    columns = plain * (generator.random((1, 200)) < 0.3)  # whole columns of zeros
+    small, fast = (tensors.encode_whole(columns, coding) for coding in ("small", "fast"))
+    assert small is not None and fast is not None and len(small) < 0.8 * len(fast)
+    assert (tensors.decode_whole(Reader(small), columns.shape) == columns).all()
