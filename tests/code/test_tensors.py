@@ -95,5 +95,7 @@ def test_surroundings_are_used_where_they_tell_something():
     assert tensors.encode_whole(plain, "small") == tensors.encode_whole(plain, "fast")
     columns = plain * (generator.random((1, 200)) < 0.3)  # whole columns of zeros
     small, fast = (tensors.encode_whole(columns, coding) for coding in ("small", "fast"))
-    assert small is not None and fast is not None and len(small) < 0.8 * len(fast)
+    assert small is not None
+    assert fast is not None
+    assert len(small) < 0.8 * len(fast)
     assert (tensors.decode_whole(Reader(small), columns.shape) == columns).all()
