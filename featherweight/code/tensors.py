@@ -18,8 +18,8 @@ Whole = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Elements = NDArray[np.unsignedinteger]
 
-# How hard to try: the least bytes, as far as they are worth their time; many times as fast, for some 10 to 30 % more where
-# weights are pruned; Huffman's code as Deep Compression has it, to compare with.
+# How hard to try: the least bytes, as far as they are worth their time; many times as fast, for some 10 to 30 % more
+# where weights are pruned; Huffman's code as Deep Compression has it, to compare with.
 Coding = Literal["small", "fast", "huffman"]
 CODINGS = ("small", "fast", "huffman")
 
@@ -37,8 +37,8 @@ BLOCK = 1 << 22
 # one to five seconds a million, each way.
 MIXED_LIMIT = 1 << 22
 MIXED_TRIED = 1 << 20
-# Of matrices of more than twice so many values as many are tried first; their surroundings have to save so much there, for
-# a hundred times the time. What a part saves is near to what the whole does.
+# Of matrices of more than twice so many values as many are tried first; their surroundings have to save so much there,
+# for a hundred times the time. What a part saves is near to what the whole does.
 MIXED_SAMPLE, MIXED_WORTH = 1 << 14, 0.98
 # Of so large a share, the most frequent number is worth saying apart where it is.
 SPARSE_SHARE = 0.6
