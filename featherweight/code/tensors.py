@@ -76,13 +76,15 @@ def encode_whole(
 
 
 def _worth_mixing(values: Whole, kept: Flags | None, center: int | None) -> bool:
-    """Whether a matrix is to be written by its surroundings, as far as its first rows tell; yes for small ones."""
+    """Whether a matrix may be written by its surroundings: small ones may, large ones where their first rows gain."""
     if values.size <= 2 * MIXED_SAMPLE:
         return True
     rows = max(1, MIXED_SAMPLE // values.shape[1])
     part, mask = values[:rows], None if kept is None else kept[:rows]
-    coded = part.ravel() if mask is None else part[mask]
-    return not len(coded) or len(mixing.encode(part, mask, center)) < MIXED_WORTH * len(_by_table(coded, False))
+    by_table = len(_by_table(part.ravel() if mask is None else part[mask], False))
+    if by_table < MIXED_SAMPLE // 64:  # hardly anything is in them, which says nothing of the others
+        return True
+    return len(mixing.encode(part, mask, center)) < MIXED_WORTH * by_table
 
 
 def decode_whole(data: Reader, shape: tuple[int, ...], kept: Flags | None = None) -> Whole:
