@@ -76,7 +76,7 @@ NETWORKS = {
     ),
     "LeNet-5": Settings(
         partial(baselines.trained, "LeNet-5"), mnist, partial(baselines.trained, "LeNet-5"), partial(shifted, by=1),
-        factor=208, sparsity=0.988, epochs=(8, 40), rate=0.03,
+        factor=208, sparsity=0.988, epochs=(20, 20), rate=0.05,
         kept={"conv1": 0.66, "conv2": 0.12, "fc1": 0.08, "fc2": 0.19}, bits={"conv*": 8, "fc*": 5},
     ),
     "VGG-16, 1/8": Settings(
