@@ -225,8 +225,9 @@ def efficientnet(arguments: argparse.Namespace) -> list[str]:
     task = fw.Task(seen[:1], calibration=seen.split(16))
     answers, of_named = classes(network, judged), classes(network, named.images)
     what = (
-        "1,000 crops of pictures of all kinds, drawings among them, and 1,000 of photographs of what ImageNet has a "
-        f"class for, of which the original names {named.right(of_named):.1%} right; calibrated on other pictures."
+        f"{len(judged):,} crops of pictures of all kinds, drawings among them, and {len(of_named):,} of photographs of "
+        f"what ImageNet has a class for, of which the original names {named.right(of_named):.1%} right; calibrated on "
+        "other pictures."
     )
     lines = [
         f"## EfficientNet-Lite0 without training, {whole / 1e6:.2f} MB before",
@@ -246,12 +247,9 @@ def efficientnet(arguments: argparse.Namespace) -> list[str]:
             size = small.save(path, ledger=False)
             again = fw.load(path, into=network).model
             found = classes(again, named.images)
-            same = [
-                float((now == was).double().mean())
-                for now, was in ((classes(again, judged), answers), (found, of_named))
-            ]
+            same, same_named = (classes(again, judged) == answers).double(), (found == of_named).double()
             lines.append(
-                f"| {asked:g} times | {size:,} | {whole / size:.2f} | {same[0]:.1%} | {same[1]:.1%} "
+                f"| {asked:g} times | {size:,} | {whole / size:.2f} | {same.mean():.1%} | {same_named.mean():.1%} "
                 f"| {named.right(found):.1%} | {taken:.0f} |"
             )
     return lines

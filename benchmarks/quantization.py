@@ -243,7 +243,7 @@ def photographed_network(python: str | None, images: int) -> list[str]:
         print(rows[-1], flush=True)
 
     static, blocks = quantize.Static(), partial(quantize.BRECQ, samples=NNCF_SAMPLES)
-    # As Li et al. have it (BRECQ, 2021, section 4).
+    # The network's ends are often left at 8 bits.
     ends = {"_conv_stem*": 8, "_fc": 8, "*": 4}
     ways: Sequence[tuple[str, Sequence[Any]]] = [
         ("W8A8 static", (static,)),
