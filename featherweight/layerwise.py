@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from featherweight.constant import moved, norms_behind, with_bias, without_bias
 from featherweight.cost.confined import confined
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
@@ -300,6 +301,22 @@ class Bench:
         return self.study.statistics(self.layers, self.step.samples, gradients=True)
 
     @cached_property
+    def norms(self) -> Mapping[str, str]:
+        """Of layers without a bias the batch norm behind that can take up a constant; none without data to tell it."""
+        return norms_behind(self.study.original, self.layers, self.study.task.inputs()) if self.aware else {}
+
+    def lent(self, name: str) -> Layer:
+        """The layer to be fitted: with a bias of zeros where a batch norm can take that up."""
+        return with_bias(self.layers[name]) if name in self.norms else self.layers[name]
+
+    def fitted(self, name: str, form: Form, seen: Statistics | None) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        """The values of a layer in a new form, and what the batch norm behind it is to take up; None where nothing."""
+        values = self.step.values(self.lent(name), form, seen)
+        if name not in self.norms:
+            return values, None
+        return without_bias(values, form.build(self.layers[name], "meta").state_dict())
+
+    @cached_property
     def prices(self) -> Table:
         """Every layer's options, not weighed; layers without any go to `left`."""
         rows, metrics = self.study.profile.layers, self.metrics
@@ -325,7 +342,7 @@ class Bench:
         """Every layer's options, with the losses they are predicted to bring."""
         options: dict[str, tuple[Option, ...]] = {}
         for name, (whole, *others) in track(self.prices.options.items(), "weighing every layer's options"):
-            losses = self.step.losses(self.layers[name], others, self.statistics.get(name))
+            losses = self.step.losses(self.lent(name), others, self.statistics.get(name))
             options[name] = (whole, *(replace(o, loss=loss) for o, loss in zip(others, losses, strict=True)))
         return replace(self.prices, options=options)
 
@@ -378,11 +395,19 @@ class Bench:
 
         def measure() -> float:
             assert option.form is not None
-            layer = self.layers[option.layer]
-            values = self.step.values(layer, option.form, self.statistics.get(option.layer) if self.aware else None)
+            name, seen = option.layer, self.statistics.get(option.layer) if self.aware else None
+            values, constant = self.fitted(name, option.form, seen)
             # A constraint comes with a copy of its layer here: the layer is put back as it was afterwards.
-            with self.replay.changed(Replace(option.layer, option.form, values)) as model:
-                return self.study.scorer(model)
+            with self.replay.changed(Replace(name, option.form, values)) as model:
+                if constant is None:
+                    return self.study.scorer(model)
+                norm = model.get_submodule(self.norms[name])
+                mean = cast(Tensor, norm.running_mean).clone()
+                moved(norm, constant)
+                try:
+                    return self.study.scorer(model)
+                finally:
+                    cast(Tensor, norm.running_mean).copy_(mean)
 
         return self.evaluations.ask(key(*self._identity, option.layer, repr(option.form)), measure)
 
@@ -417,8 +442,10 @@ class Bench:
         task, step = self.study.task, self.step
         lockstep = self._lockstep(model) if self.aware and step.asymmetric and plan.layers else None
         for name, form in track(plan.layers.items(), "fitting layers", total=len(plan.layers)):
-            layer = self.layers[name]
-            yield remade(name, form, step.values(layer, form, self._seen(name, lockstep) if self.aware else None))
+            values, constant = self.fitted(name, form, self._seen(name, lockstep) if self.aware else None)
+            yield remade(name, form, values)
+            if constant is not None:
+                moved(model.get_submodule(self.norms[name]), constant)
             if train and step.epochs_per_layer:
                 finetune(model, task, step.epochs_per_layer)
                 if lockstep is not None:

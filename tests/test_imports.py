@@ -19,7 +19,7 @@ LAYERS = (
     ("train",),
     ("task",),
     ("edits", "score"),
-    ("cost", "curvature", "layers"),
+    ("constant", "cost", "curvature", "layers"),
     ("mend", "snapshot", "study"),
     ("artifact", "search"),
     ("step",),

@@ -37,6 +37,9 @@ class AdaRound(Rounding):
         scale, shift, low, high = lattice.scale, lattice.zero_point, lattice.low, lattice.high
         return adarounded(of.weight, steady(of), scale, shift, low, high, of.held, self.steps)
 
+    def drafted(self, of: Matrix, lattice: Lattice) -> Tensor:
+        return GPTQ().drafted(of, lattice)
+
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
         # Learning for every option would take too long: a sweep ends nearly as low.
         return GPTQ(data_aware=self.data_aware, ranges=self.ranges).losses(layer, options, seen)

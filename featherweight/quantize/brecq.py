@@ -6,7 +6,7 @@ value by value, of what the original and what the compressed network gives it (W
 arxiv.org/abs/2203.05740), which keeps the fit from clinging to the few samples there are. What a value is rounded to is
 a sigmoid between its two neighbours that grows steeper (Gong et al., Differentiable soft quantization, 2019,
 arxiv.org/abs/1908.05033): it is decided within a few hundred steps, where the paper's penalty takes thousands. At last
-biases are moved so that the means of the layers' outputs are the original's.
+biases, or the means of batch norms behind, are moved so that the layers' outputs have the original's means.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from featherweight.batch import Inputs, mode
+from featherweight.constant import norms_behind
 from featherweight.curvature.gram import my_share
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.forms import Gridded, constraints_on, is_layer, released
@@ -66,11 +67,13 @@ class Block:
         name: of the module.
         layers: names of the layers inside that are rounded, without the module's.
         more: what it is called with beside the tensor.
+        norms: of layers without a bias the batch norm inside that can take up a constant, by the layer's name.
     """
 
     name: str
     layers: tuple[str, ...]
     more: tuple[tuple[Any, ...], Mapping[str, Any]]
+    norms: Mapping[str, str]
 
 
 def reconstruct(
@@ -178,8 +181,15 @@ def find_blocks(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> list
             look(f"{name}.{child}" if name else child, part)
 
     look("", model)
+    behind = norms_behind(model, layers, inputs)
+
+    def norms(name: str) -> dict[str, str]:
+        start = f"{name}."
+        held = {layer: behind.get(f"{start}{layer}" if layer else name, "") for layer in inside(name)}
+        return {layer: norm.removeprefix(start) for layer, norm in held.items() if norm.startswith(start)}
+
     found.sort(key=lambda name: order[name])
-    return [Block(name, inside(name), (calls[name][0][0][1:], calls[name][0][1])) for name in found]
+    return [Block(name, inside(name), (calls[name][0][0][1:], calls[name][0][1]), norms(name)) for name in found]
 
 
 def _learn(
@@ -237,32 +247,43 @@ def _learn(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    decided = {part.weight: part.hard().to(plain.get_parameter(part.weight).dtype) for part in parts}
+    learnt = {part.weight: part.hard().to(plain.get_parameter(part.weight).dtype) for part in parts}
     wanted = _means(was, block, {}, [x for x, _, _ in kept])
-    decided |= _biases(plain, block, decided, [x for _, x, _ in kept], wanted)
-    if not mean_error(decided) < before:
+    # Where the rounding was better before, constants must follow what the blocks in front have become all the same.
+    for weights in (learnt, {}):
+        values = weights | _constants(plain, block, weights, [x for _, x, _ in kept], wanted)
+        if mean_error(values) < before:
+            break
+    else:
         return False
     with torch.no_grad():
-        for name, tensor in decided.items():
+        for name, tensor in values.items():
             path, _, leaf = name.rpartition(".")
-            layer = now.get_submodule(path)
-            layer.get_parameter("parametrizations.weight.original" if leaf == "weight" else leaf).copy_(tensor)
+            where = now.get_submodule(path)
+            held = getattr(where, leaf) if leaf != "weight" else where.get_parameter("parametrizations.weight.original")
+            held.copy_(tensor)
     return True
 
 
-def _biases(
+def _constants(
     plain: nn.Module,
     block: Block,
     weights: Mapping[str, Tensor],
     batches: Sequence[Tensor],
     wanted: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The biases, layer by layer, with which the means of every layer's outputs are those that are wanted."""
+    """The biases, or means of norms, that give every layer's outputs the means that are wanted, layer by layer."""
     made: dict[str, Tensor] = {}
     for name in block.layers:
-        bias, key = plain.get_submodule(name).bias, f"{name}.bias" if name else "bias"
-        if isinstance(bias, Tensor) and name in wanted:
-            made[key] = bias + wanted[name] - _means(plain, block, {**weights, **made}, batches)[name]
+        bias, norm = plain.get_submodule(name).bias, block.norms.get(name)
+        if name not in wanted or (norm is None and not isinstance(bias, Tensor)):
+            continue
+        lacking = wanted[name] - _means(plain, block, {**weights, **made}, batches)[name]
+        if norm is None:
+            made[f"{name}.bias" if name else "bias"] = cast(Tensor, bias) + lacking
+        else:
+            mean = cast(Tensor, plain.get_submodule(norm).running_mean)
+            made[f"{norm}.running_mean"] = mean - lacking
     return made
 
 

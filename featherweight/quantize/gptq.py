@@ -44,7 +44,9 @@ class GPTQ(Rounding):
         found = swept(of.weight, gram, lattice.nearest, of.held, self.order)
         return descended(of.weight, found, gram, lattice.nearest, of.held, self.rounds) if self.rounds else found
 
+    def drafted(self, of: Matrix, lattice: Lattice) -> Tensor:
+        return replace(self, rounds=0).rounded(of, lattice)
+
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
-        if not self.rounds:
-            return super().losses(layer, options, seen)
-        return replace(self, rounds=0).losses(layer, options, seen)  # which is near enough, and much faster
+        quick = replace(self, rounds=0, ranges="mse" if self.ranges == "output" else self.ranges)
+        return Rounding.losses(quick, layer, options, seen)  # near enough, and much faster

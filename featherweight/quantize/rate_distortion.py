@@ -19,9 +19,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight import artifact
 from featherweight.batch import sketch
+from featherweight.constant import norms_behind
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import swept
 from featherweight.curvature.sweeps import Matrix, conditional, matrix, steadiness, steady
@@ -60,7 +62,7 @@ NORM_SHARE, WIDEST_NORM = 1 / 4, 2.0**-5
 # free.
 OUTPUTS_DAMPING, INPUTS_DAMPING = 0.3, 0.1
 FAR_APART = "its numbers lie too far apart for one step of 16 bits, and stay as they are"
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,8 @@ class _Bench:
     matters: dict[str, Tensor] = field(default_factory=dict)
     settled: dict[str, Tensor] = field(default_factory=dict)
     folded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    behind: dict[str, str] = field(default_factory=dict)
     strength: float = 0.0
 
     def __post_init__(self) -> None:
@@ -253,11 +257,18 @@ class _Bench:
         if aware and self.layers:
             originals = {name: self.study.original.get_submodule(name) for name in self.layers}
             seen = self.study.statistics(cast(Mapping[str, Layer], originals), step.samples, gradients=True)
+            found_behind = norms_behind(self.study.original, self.layers, task.inputs())
+            free = {n for n, norm in self.norms() if norm.weight.numel() > 1}
+            self.behind = {name: norm for name, norm in found_behind.items() if norm in free}
         for name, layer in self.layers.items():
             gone = None
             if masks := [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]:
                 gone = ~torch.stack(masks).all(0)
-            found = matrix(layer.weight, getattr(layer, "groups", 1), seen.get(name), gone)
+            moments = seen.get(name)
+            if moments is not None and (name in self.behind or _free_bias(layer)):
+                # A constant makes good what becomes of the means: weights need not.
+                self.means[name], moments = moments.mean.double(), moments.centred()
+            found = matrix(layer.weight, getattr(layer, "groups", 1), moments, gone)
             self.matrices[name] = found
             self.matters[name] = curvature(found)
             self.settled[name] = settled(found, self.matters[name]) if step.feedback else self.matters[name]
@@ -293,33 +304,49 @@ class _Bench:
         steps, unit = self.steps(coarseness)
         share = self.share(coarseness)
         made: list[Constrain | Leave] = []
+        lacking: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            of = self.matrices[name]
-            numbers = rounded(of, self.matters[name], steps[name], self.strength * unit**2, self.step.feedback)
-            made += self._confined(name, layer, numbers, steps[name], of, unit, share)
+            of, step = self.matrices[name], steps[name]
+            numbers = rounded(of, self.matters[name], step, self.strength * unit**2, self.step.feedback)
+            step = refitted(of, numbers, self.matters[name], step)
+            constant = None
+            if name in self.means:
+                constant = ((of.weight - numbers * step) @ self.means[name].to(numbers)[..., None]).flatten()
+            if name in self.behind:
+                lacking[self.behind[name]], constant = cast(Tensor, constant), None
+            made += self._confined(name, layer, numbers, step, of, unit, share, constant)
         for name, norm in self.norms():
-            made += _norm(name, norm, self.folded.get(name), share)
+            made += _norm(name, norm, self.folded.get(name), share, lacking.get(name))
         return made
 
     def _confined(
-        self, name: str, layer: Layer, numbers: Tensor, step: float, of: Matrix, unit: float, share: float
+        self,
+        name: str,
+        layer: Layer,
+        numbers: Tensor,
+        step: float,
+        of: Matrix,
+        unit: float,
+        share: float,
+        constant: Tensor | None,
     ) -> Iterator[Constrain]:
-        """A layer's edits: its mask tightened, its weight and its bias on their steps."""
+        """A layer's edits: its mask tightened, its weight and its bias, with a constant more, on their steps."""
         built = copy.deepcopy(layer)
-        step = refitted(of, numbers, self.matters[name], step)
         numbers = numbers.reshape(layer.weight.shape)
         if any(type(constraint) is Masked for constraint in constraints_on(built)[-1:]):
             tight = Mask(int((numbers != 0).sum()))
             cast(Masked, tight.put_on(built)).mask.copy_(numbers != 0)
             yield Constrain(name, tight, _state(built))
         yield Constrain(name, _on_grid(built, "weight", numbers, step), _state(built))
-        if built.bias is not None and bool(built.bias.any()) and "bias" not in parametrized(built):
+        if constant is not None:
+            with torch.no_grad():
+                cast(Tensor, built.bias).add_(constant.to(built.bias))
+        bias = None if built.bias is None or not _free_bias(built) else built.bias.detach().double()
+        if bias is not None and bool(bias.any()):
             matters = of.positions * float(outputs_matter(of).mean()) if of.gradients is not None else 0.0
-            size = float(built.bias.detach().double().square().mean().sqrt())
+            size = float(bias.square().mean().sqrt())
             step = min(unit / math.sqrt(matters), size / 4) if matters else size * share
-            yield Constrain(
-                name, _on_grid(built, "bias", (built.bias.detach().double() / step).round(), step), _state(built)
-            )
+            yield Constrain(name, _on_grid(built, "bias", (bias / step).round(), step), _state(built))
 
     # Trials ---------------------------------------------------------------------------------------------------------
 
@@ -501,8 +528,13 @@ def _on_grid(layer: nn.Module, tensor: str, numbers: Tensor, step: float) -> Gri
     return grid
 
 
+def _free_bias(layer: Layer) -> bool:
+    """Whether a layer has a bias that nothing confines."""
+    return layer.bias is not None and "bias" not in parametrized(layer)
+
+
 def _norm(
-    name: str, norm: nn.Module, inputs: tuple[Tensor, Tensor] | None, share: float
+    name: str, norm: nn.Module, inputs: tuple[Tensor, Tensor] | None, share: float, lacking: Tensor | None
 ) -> Iterator[Constrain | Leave]:
     """A norm's weight and bias on steps that move its channels little.
 
@@ -511,6 +543,7 @@ def _norm(
         norm: as it is, left alone.
         inputs: their mean and standard deviation, each (channels,); None where they are 0 and 1, having been made so.
         share: how far a step may move a channel, as a share of the root mean square of how far channels move.
+        lacking: what is to be added to what reaches the norm, (channels,).
     """
     built = copy.deepcopy(norm)
     weight = cast(Tensor, built.weight).detach().double()
@@ -530,10 +563,16 @@ def _norm(
         yield Leave(name, FAR_APART)
         return
     yield Constrain(name, _on_grid(built, "weight", numbers, step), _state(built))
-    if getattr(built, "bias", None) is None or not bool(cast(Tensor, built.bias).any()):
+    if getattr(built, "bias", None) is None:
         return
-    # What the weight's rounding does to the mean of the outputs, the bias makes good.
-    bias = cast(Tensor, built.bias).detach().double() + mean * (weight - cast(Tensor, built.weight).detach().double())
+    # What the weight's rounding does to the mean of the outputs, the bias makes good, and what the layer's did.
+    new = cast(Tensor, built.weight).detach().double()
+    bias = cast(Tensor, built.bias).detach().double() + mean * (weight - new)
+    if lacking is not None:
+        of_batch = cast(_BatchNorm, built)
+        bias = bias + new * lacking / (cast(Tensor, of_batch.running_var).double() + of_batch.eps).sqrt()
+    if not bool(bias.any()):
+        return
     step = share * size
     if float((bias / step).abs().max()) > MOST:
         yield Leave(name, f"its bias: {FAR_APART}")

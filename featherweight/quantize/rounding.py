@@ -29,6 +29,11 @@ from featherweight.task import Task
 
 # Of the mean diagonal, towards the weight as it is, where it is fitted to changed inputs.
 RIDGE = 1e-2
+# Scales tried for every output, as shares of those at which values move least. A row of few values has few to make up
+# for an error, and much hangs on its scale; many values even it out, and of many bits there is little to gain.
+FEW_VALUES, MANY_BITS = 64, 5
+TRIED_FOR_FEW = (1.0, *(step / 20 for step in range(10, 25) if step != 20))
+TRIED_FOR_MANY = (1.0, 0.8, 0.9, 1.1)
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,10 @@ class Rounding(Layerwise):
         granularity: what has a scale of its own, ``"channel"`` (every output) or ``"tensor"``; per layer where it is a
             mapping.
         group: values of an output that share a scale, such as 64; 0 for all; per layer where it is a mapping.
-        ranges: how far a grid reaches: ``"mse"`` (least error, weighed by what the inputs are), ``"min-max"`` (all
-            values) or ``"percentile"`` (99.9 % of them).
+        ranges: how far a grid reaches: ``"output"`` (least error of the layer's output once its values are rounded; as
+            ``"mse"`` without data, for a grid that several outputs share, for groups, and to choose bits by),
+            ``"mse"`` (least error of the values, weighed by what the inputs are), ``"min-max"`` (all values) or
+            ``"percentile"`` (99.9 % of them).
     """
 
     bits: PerLayer[int | str] | None = None
@@ -83,7 +90,7 @@ class Rounding(Layerwise):
     symmetric: PerLayer[bool] = True
     granularity: PerLayer[Literal["channel", "tensor"]] = "channel"
     group: PerLayer[int] = 0
-    ranges: Literal["mse", "min-max", "percentile"] = "mse"
+    ranges: Literal["output", "mse", "min-max", "percentile"] = "output"
 
     stage: ClassVar[Stage] = Stage.VALUES
     inside_forms: ClassVar[bool] = True
@@ -92,6 +99,10 @@ class Rounding(Layerwise):
     @abstractmethod
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
         """The values that the technique rounds to, given a Gram matrix: (groups, outputs, d)."""
+
+    def drafted(self, of: Matrix, lattice: Lattice) -> Tensor:
+        """Values as good as those, but for a little, and found sooner: what scales are judged by."""
+        return self.rounded(of, lattice)
 
     def weighing(self, of: Matrix) -> Tensor | None:
         """The Gram matrix that errors are weighed by, damped, (groups, d, d); None without data."""
@@ -223,30 +234,38 @@ class Rounding(Layerwise):
         assert isinstance(form, Grid)
         gram = self.weighing(of)
         scale, zero_point = scales(of, form, shape, self.ranges)
-        scale = short(scale, form)
-        shift = laid_out(zero_point, form, shape, of)
-        # Of few values the best scale depends much on how they are rounded: both are found in turn.
-        fitted = self.ranges == "mse" and form.axis == 0 and not form.group
-        best: tuple[Tensor, Tensor, Tensor] | None = None
-        for _ in range(2 if fitted and form.bits <= 3 else 1):
-            lattice = Lattice(laid_out(scale, form, shape, of), shift, form.low, form.high)
-            plain = lattice.nearest(of.weight)
-            if gram is None:
-                return plain, scale, zero_point
-            found = self.rounded(of, lattice)
-            # Rows are independent of each other: each takes what is better for it.
-            better = errors(of.weight, found, gram) <= errors(of.weight, plain, gram)
-            found = torch.where(better[..., None], found, plain)
-            if fitted:
-                fitted_scale = short(scale * rescaled(of.weight, found, gram).flatten().float(), form)
-                found, scale = found * laid_out(fitted_scale.double() / scale, form, shape, of), fitted_scale
-            left = errors(of.weight, found, gram)
-            if best is not None:
-                better = left < best[0]
-                left, found = torch.where(better, left, best[0]), torch.where(better[..., None], found, best[1])
-                scale = torch.where(better.flatten(), scale, best[2])
-            best = left, found, scale
+        scale, shift = short(scale, form), laid_out(zero_point, form, shape, of)
+        rows_apart = form.axis == 0 and not form.group
+        if gram is not None and rows_apart and self.ranges == "output":
+            scale = self.best_scale(of, form, shape, scale, shift, gram)
+        lattice = Lattice(laid_out(scale, form, shape, of), shift, form.low, form.high)
+        plain = lattice.nearest(of.weight)
+        if gram is None:
+            return plain, scale, zero_point
+        found = self.rounded(of, lattice)
+        # Rows are independent of each other: each takes what is better for it.
+        better = errors(of.weight, found, gram) <= errors(of.weight, plain, gram)
+        found = torch.where(better[..., None], found, plain)
+        if rows_apart and self.ranges in ("output", "mse"):
+            fitted = short(scale * rescaled(of.weight, found, gram).flatten().float(), form)
+            found, scale = found * laid_out(fitted.double() / scale, form, shape, of), fitted
         return found, scale, zero_point
+
+    def best_scale(
+        self, of: Matrix, form: Grid, shape: torch.Size, scale: Tensor, shift: Tensor, gram: Tensor
+    ) -> Tensor:
+        """For every output the scale at which its error is least once its values are rounded, of some around these."""
+        few = of.weight.shape[-1] <= FEW_VALUES
+        tried = TRIED_FOR_FEW if few else TRIED_FOR_MANY if form.bits < MANY_BITS else ()
+        best, least = scale, torch.full(of.weight.shape[:2], torch.inf, device=scale.device, dtype=torch.float64)
+        for share in tried:
+            candidate = short(scale * share, form)
+            lattice = Lattice(laid_out(candidate, form, shape, of), shift, form.low, form.high)
+            found = self.drafted(of, lattice)
+            error = errors(of.weight, found * rescaled(of.weight, found, gram), gram)
+            best = torch.where((error < least).flatten(), candidate, best)
+            least = torch.minimum(error, least)
+        return best
 
     def few(self, of: Matrix, form: Binary | Ternary, shape: torch.Size, rounds: int = 5) -> tuple[Tensor, Tensor]:
         """Two or three values: scales by least squares under the Gram matrix and values by the technique, in turn.
@@ -295,7 +314,7 @@ def scales(of: Matrix, form: Grid, shape: torch.Size, ranges: str) -> tuple[Tens
         of: the layer.
         form: the grid.
         shape: of its weight.
-        ranges: ``"mse"``, ``"min-max"`` or ``"percentile"``.
+        ranges: ``"output"`` or ``"mse"``, which are the same here, ``"min-max"`` or ``"percentile"``.
     """
     target = of.weight.float().reshape(shape)
     if ranges == "percentile":

@@ -69,6 +69,9 @@ class Weights(Rounding):
             case _:
                 return GPTQ().rounded(of, lattice)
 
+    def drafted(self, of: Matrix, lattice: Lattice) -> Tensor:
+        return self.rounded(of, lattice) if self.effort in ("nearest", "equalized") else GPTQ().drafted(of, lattice)
+
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
         if self.effort in ("nearest", "equalized"):
             return super().losses(layer, options, seen)

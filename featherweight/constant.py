@@ -1,0 +1,106 @@
+"""Where the constant of a layer's answers can go: its own bias, or the mean of the batch norm behind it.
+
+A layer that is fitted to answers together with a constant need not spend its weights on their means. Convolutions in
+front of batch norms have no bias as a rule, and what a norm subtracts does the same: ``norm(y + b)`` is the norm of y
+with b less in its running mean.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from featherweight.batch import Inputs, mode, tensors_in
+from featherweight.forms import Layer
+
+
+def norms_behind(model: nn.Module, layers: Collection[str], inputs: Inputs) -> dict[str, str]:
+    """The batch norm that takes a layer's answer and alone reads it, by the layer's name, as one run shows.
+
+    Args:
+        model: the network; it stays as it is.
+        layers: names of Linear and Conv layers; of those that have a bias nothing is said.
+        inputs: an example.
+    """
+    modules = dict(model.named_modules())
+    wanted = {name: modules[name] for name in layers if cast(Layer, modules[name]).bias is None}
+    norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    if not wanted or not norms:
+        return {}
+    watch, taken, calls = _Reads(), dict[str, str](), Counter[str]()
+    with ExitStack() as stack:
+        stack.enter_context(mode(model, training=False))
+        stack.enter_context(torch.no_grad())
+
+        def answered(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, answer: Any) -> None:
+                calls[name] += 1
+                watch.answers[id(answer)] = answer, name
+
+            return hook
+
+        def reached(norm: str) -> Any:
+            def hook(module: nn.Module, args: Any) -> None:
+                calls[norm] += 1
+                if args and id(args[0]) in watch.answers:
+                    taken[watch.answers[id(args[0])][1]] = norm
+
+            return hook
+
+        for name, module in wanted.items():
+            stack.callback(module.register_forward_hook(answered(name)).remove)
+        for name, module in norms.items():
+            stack.callback(module.register_forward_pre_hook(reached(name)).remove)
+        stack.enter_context(watch)
+        inputs.on(model).into(model)
+    once = {name for name, count in calls.items() if count == 1}
+    return {n: norm for n, norm in taken.items() if n in once and norm in once and watch.reads[n] == 1}
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that read the layers' answers."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.answers: dict[int, tuple[Tensor, str]] = {}  # held, so that no other tensor comes to have its place
+        self.reads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = {id(tensor) for tensor in tensors_in((args, kwargs))} & self.answers.keys()
+        self.reads.update(self.answers[place][1] for place in found)
+        return operation(*args, **(kwargs or {}))
+
+
+def with_bias(layer: Layer) -> Layer:
+    """The layer itself with a bias of zeros: its tensors are the layer's own."""
+    made = copy.copy(layer)
+    zeros = layer.weight.new_zeros(layer.weight.shape[0])
+    made.__dict__["_parameters"] = {**layer._parameters, "bias": nn.Parameter(zeros, requires_grad=False)}
+    return made
+
+
+def without_bias(values: Mapping[str, Tensor], known: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """A fitted layer's tensors without the bias that it was lent, and that bias.
+
+    Args:
+        values: of the layer with a bias.
+        known: what the same has without.
+    """
+    (lent,) = values.keys() - set(known)
+    return {key: value for key, value in values.items() if key != lent}, values[lent]
+
+
+def moved(norm: nn.Module, constant: Tensor) -> None:
+    """Let the norm's mean take up what was to be added to what reaches it, in place."""
+    mean = cast(Tensor, norm.running_mean)
+    mean.sub_(constant.to(mean))
