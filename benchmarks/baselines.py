@@ -120,6 +120,13 @@ def clothes(split: str) -> Split:
     return fashion.split(split)
 
 
+def held_out(data: Callable[[str], Split], split: str) -> Split:
+    """The same without its test images: of the training images the last sixth is judged on, and never trained on."""
+    images, labels = data("train")
+    kept = len(images) * 5 // 6
+    return (images[:kept], labels[:kept]) if split == "train" else (images[kept:], labels[kept:])
+
+
 def shifted(images: Tensor, by: int = 2, flip: bool = False) -> Tensor:
     """Images moved by up to so many pixels, each batch its own way, and half of them mirrored where asked."""
     fill = float(images.min())
@@ -193,19 +200,29 @@ RECIPES: dict[str, tuple[Callable[[], nn.Module], Callable[[str], Split], Callab
 }
 
 
-def trained(name: str) -> nn.Module:
-    """A network trained as its row of RECIPES says, or as it was kept from an earlier time."""
+def keep(name: str, ending: str) -> Path:
+    """Where what is made of a network is kept."""
+    return DATA / "benchmarks" / f"{name.replace('/', '-').replace(', ', '-')}{ending}"
+
+
+def trained(name: str, apart: bool = False) -> nn.Module:
+    """A network trained as its row of RECIPES says, or as it was kept from an earlier time.
+
+    Args:
+        name: of the row.
+        apart: leave out the training images of `held_out`.
+    """
     make, data, augment, epochs, rate = RECIPES[name]
     torch.manual_seed(0)
     network = make()
-    kept = DATA / "benchmarks" / f"{name.replace('/', '-').replace(', ', '-')}.pt"
+    kept = keep(name, "-apart.pt" if apart else ".pt")
     if kept.is_file():
         network.load_state_dict(torch.load(kept, weights_only=True))
         return network.eval()
     network = network.to(memory_format=torch.channels_last)
     fw.fit(
         network,
-        Batches(data("train"), augment),
+        Batches(held_out(data, "train") if apart else data("train"), augment),
         epochs,
         loss,
         lr=rate,
