@@ -1,8 +1,9 @@
 """Weights taken out at once, without training: OBS against Wanda and magnitude, by layer error and accuracy.
 
 The demo network on Fashion-MNIST, the same share from every layer but the stem. The layer error is ‖(W − Ŵ) x‖ / ‖W x‖
-over what each layer of the original sees on 512 training images that were not looked at, the root mean square over the
-layers. Accuracy is that of all 10,000 test images, a mean over samples of 512 calibration images.
+over what each layer of the original sees on 512 training images that were not looked at, x about its mean, which biases
+and norms make good; the root mean square over the layers. Accuracy is that of all 10,000 test images, a mean over
+samples of 512 calibration images.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def error(layers: dict[str, Layer], seen: dict[str, Statistics], small: nn.Modul
     """The root mean square of the layers' relative output errors."""
     squares = []
     for name, layer in layers.items():
-        of = sweeps.matrix(layer.weight, sweeps.groups_of(layer), seen[name])
+        of = sweeps.matrix(layer.weight, sweeps.groups_of(layer), seen[name].centred())
         of = sweeps.Matrix(of.weight, of.gram)  # the output's error, whatever it does to the loss
         squares.append(sweeps.loss(of, small.get_submodule(name).weight.detach().reshape(of.weight.shape)))
     return statistics.mean(squares) ** 0.5

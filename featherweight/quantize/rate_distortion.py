@@ -32,7 +32,7 @@ from featherweight.errors import BudgetError
 from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer, parametrized
 from featherweight.forms.grid import WIDTHS
 from featherweight.layers import layer_names, obstacles, unmatched, weighted_layers, without_values
-from featherweight.mend import fold_batch_norms
+from featherweight.mend import corrected_bias, fold_batch_norms
 from featherweight.progress import track
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import rounded_up
@@ -235,7 +235,7 @@ class _Bench:
     matters: dict[str, Tensor] = field(default_factory=dict)
     settled: dict[str, Tensor] = field(default_factory=dict)
     folded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    means: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Statistics] = field(default_factory=dict)
     behind: dict[str, str] = field(default_factory=dict)
     strength: float = 0.0
 
@@ -257,17 +257,17 @@ class _Bench:
         if aware and self.layers:
             originals = {name: self.study.original.get_submodule(name) for name in self.layers}
             seen = self.study.statistics(cast(Mapping[str, Layer], originals), step.samples, gradients=True)
-            found_behind = norms_behind(self.study.original, self.layers, task.inputs())
-            free = {n for n, norm in self.norms() if norm.weight.numel() > 1}
-            self.behind = {name: norm for name, norm in found_behind.items() if norm in free}
+            free = {name for name, norm in self.norms() if norm.weight.numel() > 1}
+            behind = norms_behind(self.study.original, self.layers, task.inputs())
+            self.behind = {name: norm for name, norm in behind.items() if norm in free}
         for name, layer in self.layers.items():
             gone = None
             if masks := [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]:
                 gone = ~torch.stack(masks).all(0)
             moments = seen.get(name)
-            if moments is not None and (name in self.behind or _free_bias(layer)):
+            if moments is not None and (name in self.behind or _free_bias(layer) is not None):
                 # A constant makes good what becomes of the means: weights need not.
-                self.means[name], moments = moments.mean.double(), moments.centred()
+                self.means[name] = moments = moments.centred()
             found = matrix(layer.weight, getattr(layer, "groups", 1), moments, gone)
             self.matrices[name] = found
             self.matters[name] = curvature(found)
@@ -309,28 +309,24 @@ class _Bench:
             of, step = self.matrices[name], steps[name]
             numbers = rounded(of, self.matters[name], step, self.strength * unit**2, self.step.feedback)
             step = refitted(of, numbers, self.matters[name], step)
-            constant = None
-            if name in self.means:
-                constant = ((of.weight - numbers * step) @ self.means[name].to(numbers)[..., None]).flatten()
-            if name in self.behind:
-                lacking[self.behind[name]], constant = cast(Tensor, constant), None
-            made += self._confined(name, layer, numbers, step, of, unit, share, constant)
+            if name in self.behind and name in self.means:
+                lacking[self.behind[name]] = self.lacking(name, numbers, step)
+            made += self._confined(name, layer, numbers, step, of, unit, share)
         for name, norm in self.norms():
             made += _norm(name, norm, self.folded.get(name), share, lacking.get(name))
         return made
 
+    def lacking(self, name: str, numbers: Tensor, step: float) -> Tensor:
+        """What a layer's rounding takes from the means of its outputs, (outputs,), float64."""
+        weight = self.layers[name].weight.detach()
+        replaced = (numbers * step).reshape(weight.shape)
+        nothing = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        return corrected_bias(weight, nothing, replaced, self.means[name])
+
     def _confined(
-        self,
-        name: str,
-        layer: Layer,
-        numbers: Tensor,
-        step: float,
-        of: Matrix,
-        unit: float,
-        share: float,
-        constant: Tensor | None,
+        self, name: str, layer: Layer, numbers: Tensor, step: float, of: Matrix, unit: float, share: float
     ) -> Iterator[Constrain]:
-        """A layer's edits: its mask tightened, its weight and its bias, with a constant more, on their steps."""
+        """A layer's edits: its mask tightened, its weight and its bias on their steps."""
         built = copy.deepcopy(layer)
         numbers = numbers.reshape(layer.weight.shape)
         if any(type(constraint) is Masked for constraint in constraints_on(built)[-1:]):
@@ -338,10 +334,9 @@ class _Bench:
             cast(Masked, tight.put_on(built)).mask.copy_(numbers != 0)
             yield Constrain(name, tight, _state(built))
         yield Constrain(name, _on_grid(built, "weight", numbers, step), _state(built))
-        if constant is not None:
-            with torch.no_grad():
-                cast(Tensor, built.bias).add_(constant.to(built.bias))
-        bias = None if built.bias is None or not _free_bias(built) else built.bias.detach().double()
+        bias = _free_bias(built)
+        if bias is not None and name in self.means:
+            bias = bias + self.lacking(name, numbers, step)
         if bias is not None and bool(bias.any()):
             matters = of.positions * float(outputs_matter(of).mean()) if of.gradients is not None else 0.0
             size = float(bias.square().mean().sqrt())
@@ -528,9 +523,9 @@ def _on_grid(layer: nn.Module, tensor: str, numbers: Tensor, step: float) -> Gri
     return grid
 
 
-def _free_bias(layer: Layer) -> bool:
-    """Whether a layer has a bias that nothing confines."""
-    return layer.bias is not None and "bias" not in parametrized(layer)
+def _free_bias(layer: Layer) -> Tensor | None:
+    """A layer's bias in float64, where it has one that nothing confines."""
+    return None if layer.bias is None or "bias" in parametrized(layer) else layer.bias.detach().double()
 
 
 def _norm(
