@@ -18,7 +18,7 @@ from featherweight.constant import moved, norms_behind, with_bias, without_bias
 from featherweight.cost.confined import confined
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
-from featherweight.curvature.gram import Statistics, gather_paired, my_share
+from featherweight.curvature.gram import Statistics, gather_paired
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Edit, Leave, Replace, remade
 from featherweight.errors import RecipeError, TaskError, did_you_mean
@@ -440,7 +440,7 @@ class Bench:
             train: whether to fine-tune as the settings say.
         """
         task, step = self.study.task, self.step
-        lockstep = self._lockstep(model) if self.aware and step.asymmetric and plan.layers else None
+        lockstep = self.study.lockstep(model, step.samples) if self.aware and step.asymmetric and plan.layers else None
         for name, form in track(plan.layers.items(), "fitting layers", total=len(plan.layers)):
             values, constant = self.fitted(name, form, self._seen(name, lockstep) if self.aware else None)
             yield remade(name, form, values)
@@ -456,12 +456,6 @@ class Bench:
             self._mend(plan, model, lockstep)
         if train and step.epochs:
             finetune(model, task, step.epochs)
-
-    def _lockstep(self, model: nn.Module) -> Lockstep:
-        """The original and the model side by side on the calibration data."""
-        batches = my_share(self.study.task.batches(model, self.step.samples))
-        each = self.study.profile.peak_activation_bytes / self.study.task.inputs().batch_size
-        return Lockstep(self.study.original, model, batches, sample_bytes=each)
 
     def _seen(self, name: str, lockstep: Lockstep | None) -> Statistics | None:
         """A layer's statistics as the model is now: of its inputs after the layers already replaced."""

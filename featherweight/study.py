@@ -14,7 +14,8 @@ from torch import nn
 from featherweight.batch import mode
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
-from featherweight.curvature.gram import Statistics, classifier_loss, gather, regression_loss
+from featherweight.curvature.gram import Statistics, classifier_loss, gather, my_share, regression_loss
+from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Edit
 from featherweight.forms import Layer
 from featherweight.score import Scorer, class_dimension
@@ -90,6 +91,16 @@ class Study:
                     "layers were weighed by their own output's error"
                 )
         return gather(self.original, layers, self.task.batches(self.original, samples), seed=self.seed)
+
+    def lockstep(self, model: nn.Module, samples: int) -> Lockstep:
+        """The original and a model that is to be fitted to it, layer by layer, side by side on the calibration data."""
+        held, batch = self.profile.held_bytes, self.task.inputs().batch_size
+        return Lockstep(
+            self.original,
+            model,
+            my_share(self.task.batches(model, samples)),
+            sample_bytes=lambda name: held.get(name, self.profile.peak_activation_bytes) / batch,
+        )
 
     def probe(self) -> Any:
         """A function (outputs, generator) → scalar whose gradients' covariance is the curvature of the divergence."""

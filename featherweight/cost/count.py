@@ -94,12 +94,14 @@ class Profile:
         total: the whole model; its activations include those of what has no row, such as ReLU and residual additions.
         peak_activation_bytes: most bytes of intermediate results and outputs alive at once. Inputs, parameters, buffers
             and what an operation needs inside itself are not among them.
+        held_bytes: of these what is alive when a call of a module ends, by the module's path; of many calls the most.
         uncalled: layers with parameters that the run neither called nor read.
     """
 
     layers: Mapping[str, LayerProfile]
     total: Cost
     peak_activation_bytes: int
+    held_bytes: Mapping[str, int]
     uncalled: tuple[str, ...]
 
 
@@ -248,6 +250,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.alive_bytes = 0
         self.peak_bytes = 0
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.held_bytes: dict[str, int] = {}
         self.confining = 0  # how many constraints are just now at work on a tensor: weights, not activations
 
     def enter_module(self, module: nn.Module, args: Any) -> None:
@@ -265,6 +269,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len(kwargs_and_output) < 2:  # how PyTorch calls the hook where the module raised
             return
         kwargs, output = kwargs_and_output
+        if (name := self.names.get(id(module))) is not None:
+            self.held_bytes[name] = max(self.held_bytes.get(name, 0), self.alive_bytes)
         if isinstance(module, Constrained) and (owner := self.owners.get(id(module))) is not None:
             self.weights |= {_place(tensor): owner for tensor in batch.tensors_in(output)}
         if isinstance(module, nn.RNNBase):
@@ -344,7 +350,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             total += cost
             if parameters or buffers or confined or row.macs or row.uncounted:
                 layers[row.name] = LayerProfile(row.name, row.kind, cost, tuple(row.calls))
-        return Profile(layers, total, self.peak_bytes, self._uncalled())
+        return Profile(layers, total, self.peak_bytes, self.held_bytes, self._uncalled())
 
     def _uncalled(self) -> tuple[str, ...]:
         silent = [row for row in self.rows.values() if row.whole and not row.called]

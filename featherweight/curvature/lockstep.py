@@ -37,27 +37,27 @@ class Waiting:
     on with the module that is in its place by then. Whatever lies before has been run, and is not run again.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Inputs], *, through: bool, limit: int) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Inputs], *, through: bool) -> None:
         """Args:
         model: the network.
         batches: its inputs, on its device.
         through: whether to run a layer that is reached, and give its answer, before standing still.
-        limit: how many of the runs may wait; the others are started anew for every layer.
         """
         self.model, self.batches, self.through = model, batches, through
         self._runs: list[greenlet | None] = [None] * len(batches)
-        self._limit = limit
 
-    def at(self, name: str, calls: int) -> Iterator[list[Reached]]:
+    def at(self, name: str, calls: int, limit: int) -> Iterator[list[Reached]]:
         """What reaches a layer, batch by batch: a list of its calls, empty where a batch does not reach it.
 
         Args:
             name: the layer; to be asked for in the order in which the model calls them.
             calls: how often a run calls it. Only runs that call it once can stand still at it.
+            limit: how many of the runs may wait there; the others are started anew, now and at the next layer.
         """
+        self._end(limit)
         with mode(self.model, training=False):
             for index, inputs in enumerate(self.batches):
-                if calls != 1 or index >= self._limit:
+                if calls != 1 or index >= limit:
                     yield self._once(name, inputs, calls)
                     continue
                 run = self._runs[index]
@@ -84,11 +84,15 @@ class Waiting:
 
     def close(self) -> None:
         """End all runs; the next layer asked for is reached from the start."""
-        for run in self._runs:
+        self._end(0)
+
+    def _end(self, first: int) -> None:
+        """End the runs of the batches from the first one on."""
+        for index in range(first, len(self._runs)):
+            run, self._runs[index] = self._runs[index], None
             if run is not None and not run.dead:
                 with _surroundings():
                     run.throw(GreenletExit)
-        self._runs = [None] * len(self.batches)
 
     def _onward(self, name: str, run: greenlet) -> list[Reached]:
         """Let a run go on until it reaches the layer; nothing where it ends before."""
@@ -162,24 +166,24 @@ class Lockstep:
         changed: nn.Module,
         batches: Iterable[Inputs],
         *,
-        sample_bytes: float = 0.0,
+        sample_bytes: Callable[[str], float] = lambda name: 0.0,
         memory_limit: int | None = None,
     ) -> None:
         """Args:
         original: the network before the changes.
         changed: the same network, changed as it goes.
         batches: their inputs, on their device.
-        sample_bytes: the most bytes of activations that a run holds at once, for each of its samples.
+        sample_bytes: by a layer's name, the bytes of activations that a run which waits there holds for each sample.
         memory_limit: bytes of activations that runs may hold while they wait; those beyond are started anew for
             every layer. None for half of the memory that is free.
         """
         given = list(batches)
         largest = max((inputs.batch_size for inputs in given), default=1)
         room = _free(given) // 2 if memory_limit is None else memory_limit
-        limit = int(room // max(1.0, 2 * sample_bytes * largest))
+        self._room, self._bytes_at = room / (2 * largest), sample_bytes
         self.samples = sum(inputs.batch_size for inputs in given)
-        self._original = Waiting(original, given, through=True, limit=limit)
-        self._changed = Waiting(changed, given, through=False, limit=limit)
+        self._original = Waiting(original, given, through=True)
+        self._changed = Waiting(changed, given, through=False)
 
     def at(self, name: str, calls: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Call by call: what goes into a layer of the changed network, and what the original answers in its place.
@@ -199,7 +203,8 @@ class Lockstep:
             name: the module, whose first argument is a tensor; to be asked for in calling order.
             calls: how often one run calls it.
         """
-        for was, now in zip(self._original.at(name, calls), self._changed.at(name, calls), strict=True):
+        limit = int(self._room // max(1.0, self._bytes_at(name)))
+        for was, now in zip(self._original.at(name, calls, limit), self._changed.at(name, calls, limit), strict=True):
             yield from zip(was, now, strict=False)
 
     def answers(self) -> tuple[list[Any], list[Any]]:

@@ -31,7 +31,6 @@ from featherweight.curvature.gram import (
     ROWS_NUMBERS,
     Statistics,
     gather_paired,
-    my_share,
     paired_rows,
 )
 from featherweight.curvature.lockstep import Lockstep
@@ -705,9 +704,7 @@ class _Work:
             model.load_state_dict(done[0])
             study.notes.extend(done[1])
             return
-        batches = my_share(study.task.batches(model, step.samples))
-        each = study.profile.peak_activation_bytes / study.task.inputs().batch_size
-        lockstep = Lockstep(study.original, model, batches, sample_bytes=each)
+        lockstep = study.lockstep(model, step.samples)
         stays = self.coupling.kept(kept)
         layers = dict(model.named_modules())
         if step.reconstruct is not False:

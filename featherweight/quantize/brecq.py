@@ -23,8 +23,6 @@ from torch.func import functional_call
 
 from featherweight.batch import Inputs, mode
 from featherweight.constant import norms_behind
-from featherweight.curvature.gram import my_share
-from featherweight.curvature.lockstep import Lockstep
 from featherweight.forms import Gridded, constraints_on, is_layer, released
 from featherweight.forms.mask import Masked
 from featherweight.progress import track
@@ -95,8 +93,7 @@ def reconstruct(
     task, original = study.task, study.original
     rounded = [n for n in names if any(isinstance(c, Gridded) for c in constraints_on(model.get_submodule(n)))]
     blocks = find_blocks(original, rounded, task.inputs().on(original))
-    each = study.profile.peak_activation_bytes / task.inputs().batch_size
-    lockstep = Lockstep(original, model, my_share(task.batches(model, samples)), sample_bytes=each)
+    lockstep = study.lockstep(model, samples)
     generator = torch.Generator().manual_seed(study.seed)
     gained = 0
     for block in track(blocks, "reconstructing blocks"):

@@ -642,7 +642,10 @@ def test_the_peak_holds_what_a_shortcut_keeps_alive() -> None:
             y += x
             return y
 
-    assert profiled(Shortcut(), torch.ones(1, 2)).peak_activation_bytes == 4 * (8 + 32 + 8)
+    found = profiled(Shortcut(), torch.ones(1, 2))
+    assert found.peak_activation_bytes == 4 * (8 + 32 + 8)
+    # When a layer ends, its inputs, its outputs and the shortcut are there; in the end the answer alone.
+    assert found.held_bytes == {"a": 4 * 8, "b": 4 * (8 + 32), "c": 4 * (8 + 32 + 8), "": 4 * 8}
 
 
 def test_a_view_keeps_all_of_what_it_looks_at_alive() -> None:

@@ -76,7 +76,9 @@ def shrunk(model: nn.Module, name: str) -> None:
 def test_layers_see_what_they_would_in_runs_of_their_own(sizes: list[int], chosen: list[str], limit: int) -> None:
     """For any layers in calling order, each replaced once it was seen, and however many runs may wait."""
     original, changed, given_ = network(), network(), batches(*sizes)
-    lockstep = Lockstep(original, changed, given_, sample_bytes=1.0, memory_limit=2 * max(sizes) * limit)
+    held = {"first": 2.0, "second": 1.0, "third": 2.0}  # the fewest runs may wait at one layer, more at the next
+    room = 2 * max(sizes) * limit
+    lockstep = Lockstep(original, changed, given_, sample_bytes=lambda name: held.get(name, 1.0), memory_limit=room)
     for name in sorted(chosen, key=LAYERS.index):
         found = list(lockstep.at(name))
         assert len(found) == len(sizes)
@@ -92,9 +94,9 @@ def test_layers_see_what_they_would_in_runs_of_their_own(sizes: list[int], chose
 def test_a_layer_that_lies_before_is_run_once() -> None:
     model, counted = network(), []
     model.first.register_forward_hook(lambda *_: counted.append(1))
-    runs = Waiting(model, batches(2, 2), through=True, limit=2)
+    runs = Waiting(model, batches(2, 2), through=True)
     for name in LAYERS:
-        list(runs.at(name, 1))
+        list(runs.at(name, 1, 2))
     runs.answers()
     assert len(counted) == 2
 
