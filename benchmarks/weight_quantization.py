@@ -128,11 +128,11 @@ def main() -> None:
         lines += [f"## {HEADINGS['few']}", "", *few_bits(given.epochs), ""]
     if "efficientnet" in given.parts:
         network = photographs.load_network()
-        images = photographs.photographs(given.samples, seed=0)
+        images = photographs.mixed(given.samples, seed=0)
         task = fw.Task(images[:1], images.split(16))
-        score = agreement(network, photographs.photographs(given.images, seed=100))
+        score = agreement(network, photographs.mixed(given.images, seed=100))
         lines += [f"## {HEADINGS['efficientnet']}", ""]
-        lines += [f"Agreement with float32 on {given.images} photographs, per cent.", ""]
+        lines += [f"Agreement with float32 on {given.images:,} pictures of all kinds, per cent.", ""]
         lines += [*table(network, task, score, tuple(given.bits or (8, 4, 3)), {"batch": 16}), ""]
         lines += ["Bits chosen by layer against the same bits everywhere, GPTQ:", ""]
         lines += [*mixed(network, task, score, (4, 3) if not given.bits else (4,)), ""]
