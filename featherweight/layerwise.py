@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -43,6 +43,22 @@ from featherweight.task import Task, fingerprint
 SELECTORS: Mapping[str, type[Greedy] | type[Optimal]] = {"greedy": Greedy, "optimal": Optimal}
 # Points of a layer's curve that go into the ledger.
 CURVE_POINTS = 40
+
+
+class Jointly(Protocol):
+    """Work on several layers at once, done as soon as each of them was fitted alone."""
+
+    def after(self, name: str) -> bool:
+        """A layer was fitted, and stands in its place; whether layers before it were changed for that."""
+        ...
+
+    def restart(self) -> None:
+        """All layers have changed."""
+        ...
+
+    def close(self) -> None:
+        """No more layers come."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -121,17 +137,15 @@ class Layerwise(Step):
             LookupError: there is no such option; the message says why the layer stays as it is.
         """
 
-    def settle(self, study: Study, plan: Plan, model: nn.Module) -> bool:
-        """Work on the values of several layers at once, in place, after each was fitted alone.
+    def jointly(self, study: Study, plan: Plan, model: nn.Module) -> Jointly | None:
+        """What works on several layers at once when each was fitted alone; None for nothing.
 
         Args:
             study: of the original.
-            plan: what was carried out.
-            model: the network as it is now.
-        Returns:
-            Whether anything was changed.
+            plan: what is carried out.
+            model: the network, as it becomes.
         """
-        return False
+        return None
 
     def ways(self) -> dict[str, Any]:
         """The settings that say how much, of which exactly one must be given."""
@@ -441,17 +455,21 @@ class Bench:
         """
         task, step = self.study.task, self.step
         lockstep = self.study.lockstep(model, step.samples) if self.aware and step.asymmetric and plan.layers else None
+        jointly = step.jointly(self.study, plan, model) if train and plan.layers else None
         for name, form in track(plan.layers.items(), "fitting layers", total=len(plan.layers)):
             values, constant = self.fitted(name, form, self._seen(name, lockstep) if self.aware else None)
             yield remade(name, form, values)
             if constant is not None:
                 moved(model.get_submodule(self.norms[name]), constant)
+            if jointly is not None and jointly.after(name) and lockstep is not None:
+                lockstep.restart()
             if train and step.epochs_per_layer:
                 finetune(model, task, step.epochs_per_layer)
-                if lockstep is not None:
-                    lockstep.close()  # all layers have changed
-        if train and plan.layers and step.settle(self.study, plan, model) and lockstep is not None:
-            lockstep.close()
+                for runs in (lockstep, jointly):
+                    if runs is not None:
+                        runs.restart()
+        if jointly is not None:
+            jointly.close()
         if plan.layers:
             self._mend(plan, model, lockstep)
         if train and step.epochs:

@@ -211,8 +211,12 @@ class Lockstep:
         """What the original and the changed network answer, batch by batch."""
         return self._original.answers(), self._changed.answers()
 
+    def restart(self) -> None:
+        """Run the changed network anew: it was changed before the layer that was reached last."""
+        self._changed.close()
+
     def close(self) -> None:
-        """End all runs, as is needed when the changed network was changed before the layer that was reached last."""
+        """End all runs."""
         self._original.close()
         self._changed.close()
 

@@ -5,8 +5,9 @@ arxiv.org/abs/2102.05426; its authors' program weighs all outputs alike, as this
 value by value, of what the original and what the compressed network gives it (Wei et al., QDrop, 2022,
 arxiv.org/abs/2203.05740), which keeps the fit from clinging to the few samples there are. What a value is rounded to is
 a sigmoid between its two neighbours that grows steeper (Gong et al., Differentiable soft quantization, 2019,
-arxiv.org/abs/1908.05033): it is decided within a few hundred steps, where the paper's penalty takes thousands. At last
-biases, or the means of batch norms behind, are moved so that the layers' outputs have the original's means.
+arxiv.org/abs/1908.05033): it is decided within a few hundred steps, where the paper's penalty takes thousands. Scales
+are learnt beside it (Jeon et al., GENIE, 2023, arxiv.org/abs/2212.04780). At last biases, or the means of batch norms
+behind, are moved so that the layers' outputs have the original's means.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,14 +25,16 @@ from torch.func import functional_call
 from featherweight.batch import Inputs, mode
 from featherweight.constant import norms_behind
 from featherweight.forms import Gridded, constraints_on, is_layer, released
+from featherweight.forms.grid import short
 from featherweight.forms.mask import Masked
-from featherweight.progress import track
+from featherweight.layerwise import Jointly
 from featherweight.quantize.gptq import GPTQ
 from featherweight.search.options import Plan
 from featherweight.study import Study
 
 # More layers than this are no block: what is between them can be seen by itself.
 MOST_LAYERS = 12
+RATE_OF_SCALES = 1e-3  # in their logarithms
 RATE = 0.1  # of Adam, whose steps are of about that size in every variable
 STEEPEST = 0.02  # the temperature at the end, from 1: one step of Adam then makes a share of 0.5 one of 0.007 or 0.993
 # Bytes of inputs and answers that are kept of one block.
@@ -40,11 +43,11 @@ MEMORY = 1 << 30
 
 @dataclass(frozen=True)
 class BRECQ(GPTQ):
-    """Round as GPTQ does, then learn the rounding block by block; needs calibration data.
+    """Round as GPTQ does and learn the rounding of a block as soon as it was rounded; needs calibration data.
 
     Attributes:
         steps: of gradient descent for every block.
-        batch: samples in each.
+        batch: samples in each, of one calibration batch.
         mix: share of a block's inputs that is the original's.
     """
 
@@ -52,9 +55,9 @@ class BRECQ(GPTQ):
     batch: int = 32
     mix: float = 0.5
 
-    def settle(self, study: Study, plan: Plan, model: nn.Module) -> bool:
+    def jointly(self, study: Study, plan: Plan, model: nn.Module) -> Jointly | None:
         aware = study.task.has_calibration if self.data_aware is None else self.data_aware
-        return aware and reconstruct(study, list(plan.layers), model, self.samples, self.steps, self.batch, self.mix)
+        return Reconstruction(self, study, list(plan.layers), model) if aware else None
 
 
 @dataclass(frozen=True)
@@ -73,41 +76,65 @@ class Block:
     more: tuple[tuple[Any, ...], Mapping[str, Any]]
     norms: Mapping[str, str]
 
+    def path(self, layer: str) -> str:
+        """A layer's name in the network."""
+        return f"{self.name}.{layer}" if layer else self.name
 
-def reconstruct(
-    study: Study, names: Sequence[str], model: nn.Module, samples: int, steps: int, batch: int, mix: float
-) -> bool:
-    """Learn the rounding of every block in turn, in place; a block stays as it is where that brings no gain.
 
-    Args:
-        study: of the original network.
-        names: the layers that were rounded to grids.
-        model: the network with those layers, each rounded alone.
-        samples: of calibration to look at.
-        steps: of gradient descent for every block.
-        batch: samples in each.
-        mix: share of a block's inputs that is the original's.
-    Returns:
-        Whether any block came nearer to the original's.
+class Reconstruction:
+    """Learns the rounding of every block in place as soon as its layers were rounded alone.
+
+    The layers behind are then rounded for what the block has become. A block stays as it is where learning brings it no
+    nearer to the original's answers.
     """
-    task, original = study.task, study.original
-    rounded = [n for n in names if any(isinstance(c, Gridded) for c in constraints_on(model.get_submodule(n)))]
-    blocks = find_blocks(original, rounded, task.inputs().on(original))
-    lockstep = study.lockstep(model, samples)
-    generator = torch.Generator().manual_seed(study.seed)
-    gained = 0
-    for block in track(blocks, "reconstructing blocks"):
+
+    def __init__(self, step: BRECQ, study: Study, names: Sequence[str], model: nn.Module) -> None:
+        """Args:
+        step: with its settings.
+        study: of the original network.
+        names: the layers that are to be rounded, in calling order.
+        model: the network whose layers become rounded one after the other.
+        """
+        self.step, self.original, self.model = step, study.original, model
+        self.blocks = find_blocks(study.original, names, study.task.inputs().on(study.original))
+        self._waiting = {block.name: {block.path(layer) for layer in block.layers} for block in self.blocks}
+        self._lockstep = study.lockstep(model, step.samples)
+        self._generator = torch.Generator().manual_seed(study.seed)
+
+    def after(self, name: str) -> bool:
+        """A layer was rounded alone; whether its block was learnt for that."""
+        for block in self.blocks:
+            waiting = self._waiting[block.name]
+            if name in waiting:
+                waiting.remove(name)
+                return not waiting and self._reconstruct(block)
+        return False
+
+    def restart(self) -> None:
+        """All layers have changed."""
+        self._lockstep.restart()
+
+    def close(self) -> None:
+        """No more layers come."""
+        self._lockstep.close()
+
+    def _reconstruct(self, block: Block) -> bool:
+        layers = [self.model.get_submodule(block.path(layer)) for layer in block.layers]
+        gridded = [any(isinstance(c, Gridded) for c in constraints_on(layer)) for layer in layers]
+        if not any(gridded):
+            return False
+        block = replace(block, layers=tuple(layer for layer, on in zip(block.layers, gridded, strict=True) if on))
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         room = MEMORY
-        for was, now in lockstep.reached(block.name):
+        for was, now in self._lockstep.reached(block.name):
             assert was.answer is not None
             room -= 4 * (2 * now.x.numel() + was.answer.numel())
             if room >= 0 or not kept:
                 kept.append((was.x.clone(), now.x.clone(), was.answer.clone()))
-        if kept:
-            gained += _learn(block, original, model, kept, steps, batch, mix, generator)
-    lockstep.close()
-    return gained > 0
+        step = self.step
+        return bool(kept) and _learn(
+            block, self.original, self.model, kept, step.steps, step.batch, step.mix, self._generator
+        )
 
 
 def find_blocks(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> list[Block]:
@@ -210,6 +237,7 @@ def _learn(
         made = next(c for c in constraints_on(layer) if isinstance(c, Gridded))
         exact = weight.float()
         scale = made.form.spread(made.scale.detach(), exact.shape).float()
+        u = torch.zeros_like(made.scale, dtype=torch.float32).requires_grad_()
         shift = made.form.spread(made.zero_point, exact.shape).float()
         # Between what a value was rounded to and the next one on the side of what it was: GPTQ may have moved it far.
         rounded = cast(Tensor, layer.weight).detach().float()
@@ -218,7 +246,7 @@ def _learn(
         v = torch.logit((target - below).clamp(0.01, 0.99)).requires_grad_()
         masks = [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]
         stay = torch.stack(masks).all(0) if masks else None
-        parts.append(_Part(f"{name}.weight" if name else "weight", layer, made, v, below, scale, shift, stay))
+        parts.append(_Part(f"{name}.weight" if name else "weight", made, v, u, below, shift, stay))
 
     def error(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         answer: Tensor = functional_call(plain, dict(weights), (x, *args), dict(kwargs))
@@ -231,7 +259,9 @@ def _learn(
     before = mean_error({})
     if not before > 0:
         return False
-    optimizer = torch.optim.Adam([part.v for part in parts], RATE)
+    optimizer = torch.optim.Adam(
+        [{"params": [p.v for p in parts], "lr": RATE}, {"params": [p.u for p in parts], "lr": RATE_OF_SCALES}]
+    )
     with torch.enable_grad():
         for step in range(steps):
             original_x, x, y = kept[int(torch.randint(len(kept), (1,), generator=generator))]
@@ -254,6 +284,8 @@ def _learn(
     else:
         return False
     with torch.no_grad():
+        for part in parts if weights is learnt else ():
+            part.made.scale.copy_(part.scale())
         for name, tensor in values.items():
             path, _, leaf = name.rpartition(".")
             where = now.get_submodule(path)
@@ -314,26 +346,40 @@ def _means(
 
 @dataclass(frozen=True)
 class _Part:
-    """One layer's rounding while it is learnt: v says for each value whether it becomes the number below or above."""
+    """One layer's rounding while it is learnt.
+
+    Attributes:
+        weight: the tensor's name in the block.
+        made: what rounds it.
+        v: whether each value becomes the number below, where it is negative, or that above.
+        u: logarithm of what each scale is multiplied by.
+        below: the numbers below.
+        shift: the zero points.
+        stay: where it is not masked; None without a mask.
+    """
 
     weight: str
-    layer: nn.Module
     made: Gridded
     v: Tensor
+    u: Tensor
     below: Tensor
-    scale: Tensor
     shift: Tensor
     stay: Tensor | None
 
-    def _values(self, up: Tensor) -> Tensor:
-        form = self.made.form
-        found = ((self.below + up + self.shift).clamp(form.low, form.high) - self.shift) * self.scale
-        return found if self.stay is None else found * self.stay
+    def scale(self) -> Tensor:
+        """The scales as they are learnt, with as many digits as they are stored with."""
+        return short(self.made.scale.detach().float() * self.u.detach().exp(), self.made.form)
 
     def soft(self, temperature: float) -> Tensor:
         """The weight in between."""
-        return self._values((self.v / temperature).sigmoid())
+        return self._values((self.v / temperature).sigmoid(), self.made.scale.detach().float() * self.u.exp())
 
     def hard(self) -> Tensor:
         """The weight as it is rounded."""
-        return self._values((self.v.detach() >= 0).to(self.v.dtype))
+        return self._values((self.v.detach() >= 0).to(self.v.dtype), self.scale())
+
+    def _values(self, up: Tensor, scale: Tensor) -> Tensor:
+        form = self.made.form
+        numbers = (self.below + up + self.shift).clamp(form.low, form.high) - self.shift
+        found = numbers * form.spread(scale, numbers.shape)
+        return found if self.stay is None else found * self.stay

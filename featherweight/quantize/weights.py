@@ -18,6 +18,7 @@ from featherweight.curvature.gram import Statistics
 from featherweight.curvature.sweeps import Matrix
 from featherweight.edits import Constrain, Edit
 from featherweight.forms import Layer
+from featherweight.layerwise import Jointly
 from featherweight.ledger import Snapshot
 from featherweight.quantize.adaround import AdaRound
 from featherweight.quantize.brecq import BRECQ
@@ -77,10 +78,10 @@ class Weights(Rounding):
             return super().losses(layer, options, seen)
         return GPTQ(data_aware=self.data_aware, ranges=self.ranges).losses(layer, options, seen)
 
-    def settle(self, study: Study, plan: Plan, model: nn.Module) -> bool:
+    def jointly(self, study: Study, plan: Plan, model: nn.Module) -> Jointly | None:
         if self.effort != "blocks":
-            return False
-        return BRECQ(data_aware=self.data_aware, samples=self.samples).settle(study, plan, model)
+            return None
+        return BRECQ(data_aware=self.data_aware, samples=self.samples).jointly(study, plan, model)
 
     # In turn --------------------------------------------------------------------------------------------------------
 
