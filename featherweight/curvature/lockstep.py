@@ -175,11 +175,11 @@ class Lockstep:
         batches: their inputs, on their device.
         sample_bytes: by a layer's name, the bytes of activations that a run which waits there holds for each sample.
         memory_limit: bytes of activations that runs may hold while they wait; those beyond are started anew for
-            every layer. None for half of the memory that is free.
+            every layer. None for a third of the memory that is free: there may be two at once, of layers and of blocks.
         """
         given = list(batches)
         largest = max((inputs.batch_size for inputs in given), default=1)
-        room = _free(given) // 2 if memory_limit is None else memory_limit
+        room = _free(given) // 3 if memory_limit is None else memory_limit
         self._room, self._bytes_at = room / (2 * largest), sample_bytes
         self.samples = sum(inputs.batch_size for inputs in given)
         self._original = Waiting(original, given, through=True)

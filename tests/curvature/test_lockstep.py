@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,15 +102,20 @@ def test_a_layer_that_lies_before_is_run_once() -> None:
     assert len(counted) == 2
 
 
-def test_a_layer_that_has_changed_before_is_seen_after_closing() -> None:
+@pytest.mark.parametrize("again", [Lockstep.close, Lockstep.restart])
+@pytest.mark.parametrize("name", ["second", "third"])
+def test_a_layer_that_has_changed_before_is_seen_by_runs_that_begin_anew(
+    again: Callable[[Lockstep], None], name: str
+) -> None:
     original, changed, given_ = network(), network(), batches(2)
     lockstep = Lockstep(original, changed, given_)
     list(lockstep.at("second"))
     with torch.no_grad():
         changed.first.weight.mul_(0.1)
-    lockstep.close()
-    [(x, _)] = lockstep.at("second")
-    torch.testing.assert_close(x, expected(changed, "second", given_[0])[0][0])
+    again(lockstep)
+    [(x, answer)] = lockstep.at(name)
+    torch.testing.assert_close(x, expected(changed, name, given_[0])[0][0])
+    torch.testing.assert_close(answer, expected(original, name, given_[0])[0][1])
 
 
 class Twice(nn.Module):

@@ -79,6 +79,19 @@ def test_blocks_answer_more_nearly_than_layers_rounded_alone(bits, steps):
         assert torch.equal(layer.parametrizations.weight.original, layer.weight)
 
 
+def test_scales_are_learnt_and_stored_as_short_as_ever():
+    model = make(Chain)
+    task = task_of(model, 256)
+    small = [
+        fw.compress(model, way, task=task).model for way in (quantize.GPTQ(bits=3), quantize.BRECQ(bits=3, steps=100))
+    ]
+    before, after = (
+        torch.cat([constraints_on(net.get_submodule(n))[0].scale for n in layer_names(net)]) for net in small
+    )
+    assert bool((before != after).any())
+    assert torch.equal(after.half().float(), after)
+
+
 def test_biases_keep_the_means_of_the_answers():
     model = make(Chain)
     learnt = fw.compress(model, quantize.BRECQ(bits=3, steps=100), task=task_of(model, 256)).model
