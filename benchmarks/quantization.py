@@ -43,7 +43,7 @@ from featherweight.machine import processor
 
 HERE = Path(__file__).resolve().parent
 NNCF_SAMPLES = 300  # its default
-SEEN = 512  # what our rounding looks at: its default
+SEEN = quantize.GPTQ().samples  # our default, by blocks too
 
 
 def answers(model: nn.Module, images: Tensor, size: int = 1) -> Tensor:

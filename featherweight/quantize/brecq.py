@@ -34,8 +34,8 @@ from featherweight.study import Study
 
 # More layers than this are no block: what is between them can be seen by itself.
 MOST_LAYERS = 12
-RATE_OF_SCALES = 1e-3  # in their logarithms
 RATE = 0.1  # of Adam, whose steps are of about that size in every variable
+RATE_OF_SCALES = 1e-3  # the same for the logarithms of what scales are multiplied by
 STEEPEST = 0.02  # the temperature at the end, from 1: one step of Adam then makes a share of 0.5 one of 0.007 or 0.993
 # Bytes of inputs and answers that are kept of one block.
 MEMORY = 1 << 30
