@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from featherweight.errors import RecipeError, did_you_mean
@@ -14,18 +15,25 @@ Made = TypeVar("Made")
 
 
 def mistyped(settings: Any) -> list[str]:
-    """What is wrong with the types of a dataclass's values, a sentence for each that its annotation does not allow.
+    """What is wrong with a dataclass's values, a sentence for each that its annotation does not allow or that is NaN.
 
     Args:
         settings: an object of a dataclass whose fields are the settings.
     """
     hints = typing.get_type_hints(type(settings))
     given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return [
-        f"{name} is {value!r}, a {type(value).__name__}: it takes {in_words(hints[name])}"
-        for name, value in given.items()
-        if not fits(value, hints[name])
-    ]
+    found = []
+    for name, value in given.items():
+        if not fits(value, hints[name]):
+            found.append(f"{name} is {value!r}, a {type(value).__name__}: it takes {in_words(hints[name])}")
+        elif any(isinstance(v, float) and math.isnan(v) for v in _single(value)):
+            found.append(f"{name} is {value!r}: NaN is no number to work with")
+    return found
+
+
+def _single(value: Any) -> Iterable[Any]:
+    """What a setting gives to one layer or to all."""
+    return value.values() if isinstance(value, Mapping) else [value]
 
 
 def made(kind: type[Made], settings: Mapping[str, Any]) -> Made:

@@ -193,8 +193,8 @@ class Structured(Step):
                 found.append(f"penalty is {self.penalty!r}: use {', '.join(PENALTIES)}")
             if task.train is None:
                 found.append("penalty needs Task(train=...), which the task does not have")
-            if not self.penalty_weight > 0 or not self.penalty_epochs > 0:
-                found.append("penalty_weight and penalty_epochs must be above 0")
+        if not self.penalty_weight > 0 or not self.penalty_epochs > 0:
+            found.append("penalty_weight and penalty_epochs must be above 0")
         needs = [n for n, on in (("reconstruct", self.reconstruct), (f"score={self.score!r}", self._by_data)) if on]
         if needs and not task.has_calibration:
             found.append(f"{needs[0]} needs calibration data: give Task(calibration=...)")

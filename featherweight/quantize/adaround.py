@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import adarounded
@@ -19,6 +19,7 @@ from featherweight.forms import Layer
 from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.rounding import Lattice, Rounding, TwoValues
 from featherweight.search.options import Option
+from featherweight.task import Task
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class AdaRound(Rounding):
     """
 
     steps: int = 1000
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        return [*found, f"steps is {self.steps}: it must be at least 1"] if self.steps < 1 else found
 
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
         if isinstance(lattice, TwoValues):  # there is no up and down

@@ -1,10 +1,10 @@
 """Block reconstruction: the rounding of all weights of a block is learnt together, for the block's output.
 
 Li et al., BRECQ: Pushing the limit of post-training quantization by block reconstruction, 2021,
-arxiv.org/abs/2102.05426; its authors' program weighs all outputs alike, as this does. What goes into a block is mixed,
-value by value, of what the original and what the compressed network gives it (Wei et al., QDrop, 2022,
-arxiv.org/abs/2203.05740), which keeps the fit from clinging to the few samples there are. What a value is rounded to is
-a sigmoid between its two neighbours that grows steeper (Gong et al., Differentiable soft quantization, 2019,
+arxiv.org/abs/2102.05426; its authors' program weighs all outputs alike, as this does. What goes into a block is what
+the compressed network gives it, or that and what the original does, mixed value by value (Wei et al., QDrop, 2022,
+arxiv.org/abs/2203.05740), which keeps the fit from clinging to very few samples. What a value is rounded to is a
+sigmoid between its two neighbours that grows steeper (Gong et al., Differentiable soft quantization, 2019,
 arxiv.org/abs/1908.05033): it is decided within a few hundred steps, where the paper's penalty takes thousands. Scales
 are learnt beside it (Jeon et al., GENIE, 2023, arxiv.org/abs/2212.04780). At last biases, or the means of batch norms
 behind, are moved so that the layers' outputs have the original's means.
@@ -31,6 +31,7 @@ from featherweight.layerwise import Jointly
 from featherweight.quantize.gptq import GPTQ
 from featherweight.search.options import Plan
 from featherweight.study import Study
+from featherweight.task import Task
 
 # More layers than this are no block: what is between them can be seen by itself.
 MOST_LAYERS = 12
@@ -48,12 +49,20 @@ class BRECQ(GPTQ):
     Attributes:
         steps: of gradient descent for every block.
         batch: samples in each, of one calibration batch.
-        mix: share of a block's inputs that is the original's.
+        mix: share of a block's inputs that is the original's; of few bits, whose errors it hides, better none.
     """
 
     steps: int = 400
     batch: int = 32
-    mix: float = 0.5
+    mix: float = 0.0
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        if self.steps < 1 or self.batch < 1:
+            found.append("steps and batch must be at least 1")
+        if not 0 <= self.mix <= 1:
+            found.append(f"mix is {self.mix}: it is a share, between 0 and 1")
+        return found
 
     def jointly(self, study: Study, plan: Plan, model: nn.Module) -> Jointly | None:
         aware = study.task.has_calibration if self.data_aware is None else self.data_aware
@@ -125,13 +134,14 @@ class Reconstruction:
             return False
         block = replace(block, layers=tuple(layer for layer, on in zip(block.layers, gridded, strict=True) if on))
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        room = MEMORY
+        room, step = MEMORY, self.step
         for was, now in self._lockstep.reached(block.name):
             assert was.answer is not None
-            room -= 4 * (2 * now.x.numel() + was.answer.numel())
+            x = now.x.clone()
+            held = was.x.clone() if step.mix else x, x, was.answer.clone()
+            room -= sum(tensor.nbytes for tensor in held[0 if step.mix else 1 :])
             if room >= 0 or not kept:
-                kept.append((was.x.clone(), now.x.clone(), was.answer.clone()))
-        step = self.step
+                kept.append(held)
         return bool(kept) and _learn(
             block, self.original, self.model, kept, step.steps, step.batch, step.mix, self._generator
         )

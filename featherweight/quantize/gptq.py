@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import descended, swept
@@ -19,6 +19,7 @@ from featherweight.curvature.sweeps import Matrix, steady
 from featherweight.forms import Layer
 from featherweight.quantize.rounding import Lattice, Rounding
 from featherweight.search.options import Option
+from featherweight.task import Task
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class GPTQ(Rounding):
     order: bool = False
     damping: float | None = None
     rounds: int = 4
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        if self.damping is not None and self.damping < 0:
+            found.append(f"damping is {self.damping}: it is a share of the mean diagonal, 0 or more")
+        return [*found, f"rounds is {self.rounds}: it must be at least 0"] if self.rounds < 0 else found
 
     def weighing(self, of: Matrix) -> Tensor | None:
         return None if of.gram is None else steady(of, self.damping)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
+import typing
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,9 @@ NOTHING_IN = {
     (distill.Response, "decoupled", "temporal"),
     (distill.Feature, "named", "temporal"),  # which has no such layer
 }
+
+# Settings of which -1 means the last.
+COUNTED_FROM_THE_END = {"class_dim", "mask"}
 
 CASES = [
     pytest.param(step, settings, network, id=f"{step.__name__}-{settings}-{network}".replace(" ", "_"))
@@ -369,6 +374,18 @@ def test_settings_survive_yaml_and_json(step, settings, network):
     # JSON is YAML too.
     items = [{s.name: json.loads(json.dumps(s.settings()))} for s in recipe.steps]
     assert fw.Recipe.from_yaml(json.dumps({"steps": items})) == recipe
+
+
+@pytest.mark.parametrize("step", SETTINGS, ids=lambda step: step.__name__)
+def test_numbers_that_mean_nothing_are_refused(step):
+    model = make(NETWORKS[MEETS[step][0]])
+    task, sound = task_of(model, train=train), step(**SETTINGS[step]["plain"])
+    assert sound.problems(model, task) == []
+    for name, hint in typing.get_type_hints(step).items():
+        kinds = {hint, *typing.get_args(hint)}
+        numbers = [number for number, kind in ((-1, int), (-1, float), (math.nan, float)) if kind in kinds]
+        for number in numbers if name not in COUNTED_FROM_THE_END else ():
+            assert replace(sound, **{name: number}).problems(model, task), f"{name} may be {number}"
 
 
 @every_case
