@@ -28,7 +28,7 @@ RESTRICTED = {
     "layer_norm": "statistics over what was kept",
     "rms_norm": "statistics over what was kept",
     "group_norm": "statistics over what was kept of every group",
-    "mean": "of squares on the way to a root (a norm written out): over what was kept; of anything else, zeros count",
+    "mean": "of a norm written out: over what was kept; of anything else, zeros count",
     "_weight_norm": "a removed row is 0, not 0 / 0",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, assert_equals_masked, conv, example, half, head, randomised
+from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, assert_equals_masked, conv, example, half, head, randomised, some
 from torch import nn
 
 from featherweight.graph import couple, narrow
@@ -98,6 +98,90 @@ def test_norms_take_statistics_over_what_is_kept(norm):
     expected = middle @ model[2].weight[:, [0, 3, 4]].T + model[2].bias
     assert torch.allclose(narrowed.module(x), expected, rtol=1e-9)
     assert narrowed.narrowing.form == "module"
+
+
+def layer_norm_2d(s, x):
+    x = s.a(x)
+    u = x.mean(1, True)
+    v = (x - u).pow(2).mean(1, True)
+    return (x - u) / torch.sqrt(v + 1e-6) * s.scale + s.shift
+
+
+def inline_layer_norm(s, x):
+    x = s.a(x)
+    return (x - x.mean(1, True)) / ((x - x.mean(1, True)) ** 2).mean(1, True).add(1e-6).sqrt() * s.scale + s.shift
+
+
+def rms_norm_in_float(s, x):
+    x = s.a(x)
+    return (x * (1 / torch.sqrt(x.float().square().mean(1, True) + 1e-6))).type_as(x) * s.scale
+
+
+WRITTEN_OUT = {  # name -> forward, whether it centres
+    "layer norm": (layer_norm_2d, True),
+    "layer norm in one line": (inline_layer_norm, True),
+    "rms norm": (lambda s, x: (y := s.a(x)) * torch.rsqrt((y * y).mean(1, True) + 1e-6) * s.scale, False),
+    "rms norm with casts": (rms_norm_in_float, False),
+}
+
+
+def channels_of(forward):
+    return randomised(
+        Net(
+            forward,
+            a=nn.Conv2d(3, 8, 3),
+            other=nn.Conv2d(3, 8, 3),
+            c=nn.Conv2d(8, 3, 1),
+            fc=nn.Linear(36, 3),
+            scale=nn.Parameter(torch.randn(8, 1, 1)),
+            shift=nn.Parameter(torch.randn(8, 1, 1)),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_norms_written_out_take_all_their_statistics_over_what_is_kept(name):
+    forward, centres = WRITTEN_OUT[name]
+    model = channels_of(lambda s, x: s.c(forward(s, x)))
+    keep = [0, 3, 4]
+    narrowed = narrow(model, couple(model, example(IMAGE)), {"a channels": keep})
+    x = example(IMAGE).args[0]
+    y = model.a(x)[:, keep].movedim(1, -1)
+    made = F.layer_norm(y, (3,), eps=1e-6) if centres else F.rms_norm(y, (3,), eps=1e-6)
+    made = made.movedim(-1, 1) * model.scale[keep] + (model.shift[keep] if centres else 0)
+    expected = F.conv2d(made, model.c.weight[:, keep], model.c.bias)
+    assert torch.allclose(narrowed.module(x), expected, rtol=1e-6)
+    assert narrowed.narrowing.form == "module"
+
+
+def centre_used_again(s, x):
+    y = s.a(x)
+    u = y.mean(1, True)
+    return s.c((y - u) / ((y - u) ** 2).mean(1, True).add(1).sqrt() * s.scale + s.shift + u)
+
+
+NO_NORMS = {  # name -> forward, whether the means can be taken without some of a's channels
+    "the root of a mean of a product": (
+        lambda s, x: s.fc((s.a(x).sigmoid() * s.other(x).sigmoid()).mean(1).sqrt().flatten(1)), False),
+    "pooling by the root of squares": (
+        lambda s, x: s.fc((s.a(x) ** 2).mean(1).add(1e-6).sqrt().flatten(1)), True),
+    "another tensor divided": (
+        lambda s, x: s.c(s.other(x) / (s.a(x) ** 2).mean(1, True).add(1e-6).sqrt()), True),
+    "multiplied by the root": (
+        lambda s, x: s.c((y := s.a(x)) * (y**2).mean(1, True).add(1e-6).sqrt()), True),
+    "a root that is used again": (
+        lambda s, x: s.c((y := s.a(x)) / (r := (y**2).mean(1, True).add(1e-6).sqrt())) + r, True),
+    "a centre that is used again": (centre_used_again, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_NORMS)
+def test_means_that_are_no_norms_count_removed_slices_as_zeros_or_stay_whole(name):
+    forward, free = NO_NORMS[name]
+    model = channels_of(forward)
+    coupling = couple(model, example(IMAGE))
+    assert ("a channels" in [group.name for group in coupling.groups]) == free
+    assert_equals_masked(model, example(IMAGE), narrow(model, coupling, some(coupling)))
 
 
 def test_a_group_norm_keeps_as_many_channels_in_every_group():
