@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from featherweight.graph.labels import Labels, Reason
 from featherweight.graph.rules import RULES, Axes, Axis, Call, Unsupported, Value, operation_of
-from featherweight.graph.rules.call import in_place, read_by
+from featherweight.graph.rules.call import arguments, in_place, read_by
 from featherweight.graph.trace import GraphError, Trace, attribute, size, source_of
 
 # Operations whose result shares its memory with their input: what is written into it changes the input too.
@@ -33,6 +34,7 @@ class Analysis:
         values: for every operation, the labels of its results.
         tensors: by name, the labels of parameters, buffers and constants that the graph reads.
         roles: by the id of a dimension's label rows, the part it plays: role and kind.
+        sums: by operation, the dimensions it sums over.
         unknown: operations without a rule, or used in a way that theirs does not cover, with the reason.
     """
 
@@ -41,6 +43,7 @@ class Analysis:
     values: dict[fx.Node, Value] = field(default_factory=dict)
     tensors: dict[str, Axes] = field(default_factory=dict)
     roles: dict[int, tuple[str, str]] = field(default_factory=dict)
+    sums: dict[fx.Node, list[Axis]] = field(default_factory=dict)
     unknown: list[tuple[str, Reason]] = field(default_factory=list)
 
 
@@ -49,8 +52,42 @@ def analyse(trace: Trace) -> Analysis:
     analysis = Analysis(trace)
     for node in trace.graph.graph.nodes:
         analysis.values[node] = _STEPS[node.op](analysis, node) if node.op in _STEPS else None
+    _keep_what_weights_depend_on(analysis)
     _keep_something(analysis)
     return analysis
+
+
+def _keep_what_weights_depend_on(analysis: Analysis) -> None:
+    """Fix the dimensions of a weight which it depends on a sum over, such as its norm or its largest singular value.
+
+    Without some of its slices the others would change. What is no weight, but a channel's values, may depend on others.
+    """
+    own: dict[fx.Node, set[fx.Node]] = {}  # what is computed from parameters alone, with the sums it depends on
+    for node in analysis.trace.graph.graph.nodes:
+        before = node.all_input_nodes
+        if node.op == "get_attr" or (before and node.op == "call_function" and all(n in own for n in before)):
+            own[node] = ({node} & analysis.sums.keys()).union(*(own[n] for n in before))
+            continue
+        for weight in (n for n in _weights(node) if own.get(n)):
+            held = {n for axis in _axes_in(analysis.values[weight]) for n in analysis.labels.resolve(axis.rows).flat}
+            for operation in own[weight]:
+                reason = Reason(
+                    "the weights that stay would change: they depend on a sum over it", source_of(operation)
+                )
+                for axis in analysis.sums[operation]:
+                    rows = analysis.labels.resolve(axis.rows)
+                    analysis.labels.fix(np.where(np.isin(rows, list(held)), rows, 0), reason)
+
+
+def _weights(node: fx.Node) -> list[fx.Node]:
+    """The operands of an operation that are its weights: named so, or the second factor of a product."""
+    if node.op != "call_function" or getattr(node.target, "_schema", None) is None:
+        return []
+    given = arguments(node)
+    found = [given.get("weight"), given.get("mat2"), given.get("batch2"), *(given.get("params") or ())]
+    if operation_of(node) == "matmul":
+        found.append(given["other"])
+    return [n for n in found if isinstance(n, fx.Node)]
 
 
 def _keep_something(analysis: Analysis) -> None:
@@ -107,7 +144,8 @@ def _call_function(analysis: Analysis, node: fx.Node) -> Value:
     try:
         if operation not in RULES:
             raise Unsupported(f"no rule covers {node.target}")
-        call = Call(node, analysis.labels, analysis.values, lambda n: _constant(analysis, n), analysis.roles)
+        known = analysis.labels, analysis.values
+        call = Call(node, *known, lambda n: _constant(analysis, n), analysis.roles, analysis.sums)
         made = _checked(RULES[operation](call), result)
     except (Unsupported, GraphError) as refusal:
         reason = Reason(str(refusal), source_of(node))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, assert_equals_masked, conv, example, half, head, randomised, some
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from featherweight.graph import couple, narrow
 
@@ -182,6 +183,54 @@ def test_means_that_are_no_norms_count_removed_slices_as_zeros_or_stay_whole(nam
     coupling = couple(model, example(IMAGE))
     assert ("a channels" in [group.name for group in coupling.groups]) == free
     assert_equals_masked(model, example(IMAGE), narrow(model, coupling, some(coupling)))
+
+
+WEIGHTS = {  # name -> what becomes of a convolution, whether its outputs can go
+    "weight norm": (parametrizations.weight_norm, True),
+    "spectral norm": (parametrizations.spectral_norm, False),
+    "spectral norm by hooks": (nn.utils.spectral_norm, False),
+    "standardised by hand": (lambda layer: parametrize.register_parametrization(layer, "weight", Centred()), True),
+}
+
+
+class Centred(nn.Module):
+    def forward(self, weight):
+        return weight - weight.mean((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+def test_inputs_that_the_other_weights_depend_on_stay(name):
+    wrap, outputs = WEIGHTS[name]
+    layer = nn.Conv2d(8, 8, 3)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), wrap(layer), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 1))
+    model = model.double().eval()
+    coupling = couple(model, example(IMAGE))
+    assert "the weights that stay would change" in str(coupling.frozen["0.weight", 0])
+    assert [group.name for group in coupling.groups] == ["1 channels", "3 channels"][1 - outputs :]
+    kept = {group.name: [0, 3, 4] for group in coupling.groups}
+    narrowed = narrow(model, coupling, kept).module
+    expected = model[1].weight[[0, 3, 4]] if outputs else model[1].weight
+    assert torch.allclose(narrowed[1].weight, expected, rtol=1e-9)
+    assert_equals_masked(model, example(IMAGE), narrow(model, coupling, kept))
+
+
+def test_a_rank_inside_a_weight_can_go_and_so_can_features_of_computed_tokens():
+    model = randomised(
+        Net(
+            lambda s, x: s.fc((s.tokens + s.p(s.tokens) + F.linear(s.a(x), s.w + s.up @ s.down)).mean(1)),
+            a=nn.Linear(10, 8),
+            tokens=nn.Parameter(torch.randn(6, 8)),
+            p=nn.Linear(8, 8),
+            w=nn.Parameter(torch.randn(8, 8)),
+            up=nn.Parameter(torch.randn(8, 4)),
+            down=nn.Parameter(torch.randn(4, 8)),
+            fc=nn.Linear(8, 3),
+        )
+    )
+    coupling = couple(model, example(TOKENS))
+    assert sorted(group.size for group in coupling.groups) == [4, 8, 8]
+    assert_equals_masked(model, example(TOKENS), narrow(model, coupling, some(coupling)))
 
 
 def test_a_group_norm_keeps_as_many_channels_in_every_group():

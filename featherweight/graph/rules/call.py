@@ -104,6 +104,8 @@ class Call:
         labels: the labels of the whole network.
         values: what the nodes before it carry.
         constant: the tensor behind a node that reads a parameter, buffer or constant; None for others.
+        roles: the parts that dimensions of weights play, to note more of them in.
+        sums: by operation, the dimensions it sums over, to note more of them in.
     """
 
     def __init__(
@@ -113,10 +115,11 @@ class Call:
         values: dict[fx.Node, Value],
         constant: Callable[[fx.Node], Tensor | None],
         roles: dict[int, tuple[str, str]],
+        sums: dict[fx.Node, list[Axis]],
     ) -> None:
         self.node, self.labels, self.constant = node, labels, constant
         self.operation = operation_of(node)
-        self._values, self._roles = values, roles
+        self._values, self._roles, self._sums = values, roles, sums
         self._arguments = {} if node.target is operator.getitem else arguments(node)
 
     def __getitem__(self, name: str) -> Any:
@@ -215,6 +218,10 @@ class Call:
         for axis in axes[1:]:
             made = Axis(self.labels.merge(made.rows, axis.rows), made.zero and axis.zero)
         return made
+
+    def sums(self, axis: Axis) -> None:
+        """Note that what every element of the result is depends on all indices of a dimension."""
+        self._sums.setdefault(self.node, []).append(axis)
 
     def role(self, axis: Axis, role: str, kind: str) -> None:
         """Note which part a dimension of a weight plays: producer or consumer, of what kind of slices."""

@@ -82,8 +82,10 @@ def einsum(call: Call) -> Value:
             met[letter] = call.join(met[letter], axis) if letter in met else axis
             zero[letter] = zero.get(letter, False) or axis.zero
     for letter, axis in met.items():
-        if letter not in output and not zero[letter]:
-            call.fix([axis], "a sum over slices that are not zero where their weights are")
+        if letter not in output:
+            call.sums(axis)
+            if not zero[letter]:
+                call.fix([axis], "a sum over slices that are not zero where their weights are")
     return tuple(Axis(met[letter].rows, zero[letter]) for letter in output)
 
 
@@ -124,6 +126,7 @@ def contract(call: Call, one: Axis, other: Axis) -> None:
     if len(one) != len(other):
         raise Unsupported(f"lengths {len(one)} and {len(other)} meet")
     call.join(one, other)
+    call.sums(one)
     if not one.zero and not other.zero:
         call.fix([one], "a sum over slices that are not zero where their weights are")
 

@@ -114,6 +114,7 @@ def group_norm(call: Call) -> Value:
             call.join(x[1], tensor[0])
     if len(x[1]) == groups:  # a group of one channel
         return tuple(x)
+    call.sums(x[1])
     x[1] = Axis(x[1].rows, weight is not None)
     return tuple(x)
 
@@ -129,6 +130,7 @@ def layer_norm(call: Call) -> Value:
             for d, axis in enumerate(tensor):
                 call.join(x[first + d], axis)
     for d in range(first, len(x)):
+        call.sums(x[d])
         x[d] = Axis(x[d].rows, weight is not None)
     return tuple(x)
 
@@ -148,6 +150,8 @@ def weight_norm(call: Call) -> Value:
     for d, (one, two) in enumerate(zip(v, g, strict=True)):
         if d == kept or len(two) == len(one):
             call.join(one, two)
+        else:
+            call.sums(one)
     return v
 
 

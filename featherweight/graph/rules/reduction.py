@@ -37,6 +37,7 @@ def reduced(call: Call) -> Value:
     dims = call.dims(given if not isinstance(given, bool) else None, len(x))
     summed = call.operation in _SUMS and (call.get("ord") in (None, 2) and call.get("p") in (None, 2))
     for d in dims:
+        call.sums(x[d])
         if not summed:
             call.fix([x[d]], f"{call.operation} runs along it")
         elif not x[d].zero and not statistic(call.node):
