@@ -188,13 +188,17 @@ def _write(analysis: Analysis, node: fx.Node, made: Value) -> None:
     if not isinstance(target, fx.Node) or not isinstance(made, tuple):
         return
     before = analysis.values.get(target)
-    views = target.op == "call_function" and operation_of(target) in _VIEWS.split()
+    views = any(_is_view(n) for n in (target, *target.users) if n in analysis.values)
     if views or target.op == "get_attr":
         reason = Reason("it is overwritten in place, in part or through a view", source_of(node))
         for axis, old in zip(made, before if isinstance(before, tuple) else (), strict=True):
             if target.op == "get_attr" or (old.zero and not axis.zero):
                 analysis.labels.fix(axis.rows, reason)
     analysis.values[target] = made
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and operation_of(node) in _VIEWS.split()
 
 
 def _axes_in(value: Value) -> list[Axis]:

@@ -34,6 +34,12 @@ def test_both_forms_are_the_same_network(name):
     assert torch.allclose(graph.module(x), narrowed.module(x), rtol=1e-9, atol=1e-12)
 
 
+def overwritten(y):
+    part = y[:, :4]
+    y.sigmoid_()
+    return part.sum(1)
+
+
 FREEZING = {
     "softmax": (lambda s, x: head(s, s.a(x).softmax(1)), "softmax runs along it"),
     "argmax": (lambda s, x: s.fc((y := s.a(x)).mean((2, 3)) + y.argmax(1).double().mean()), "argmax runs along it"),
@@ -53,6 +59,17 @@ FREEZING = {
     "a standardised weight": (
         lambda s, x: F.conv2d(s.a(x), F.batch_norm(s.w.flatten(1)[None], None, None, training=True).view(8, 8, 1, 1)),
         "a mean and a variance are taken along it"),
+    "one channel stretched, and a sum": (
+        lambda s, x: s.wide((s.one(x).expand(-1, 8, -1, -1) + s.a(x)).sum(1).flatten(1)),
+        "a sum over slices that are not zero where their weights are"),
+    "one channel stretched like another tensor, and a sum": (
+        lambda s, x: s.wide((s.one(x).expand_as(y := s.a(x)) + y).sum(1).flatten(1)),
+        "a sum over slices that are not zero where their weights are"),
+    "one channel repeated, and a sum": (
+        lambda s, x: s.wide((s.one(x).repeat(1, 8, 1, 1) + s.a(x)).sum(1).flatten(1)),
+        "a sum over slices that are not zero where their weights are"),
+    "a view of what is then overwritten": (
+        lambda s, x: s.wide(overwritten(s.a(x)).flatten(1)), "it is overwritten in place, in part or through a view"),
     "the output": (lambda s, x: s.a(x), "it is the network's output"),
 }  # fmt: skip
 
@@ -65,7 +82,9 @@ def test_what_cannot_go_is_listed_with_its_reason(name):
             forward,
             a=nn.Conv2d(3, 8, 3),
             b=nn.Conv2d(1, 1, 1),
+            one=nn.Conv2d(3, 1, 3),
             fc=nn.Linear(8, 3),
+            wide=nn.Linear(36, 3),
             w=nn.Parameter(torch.randn(8, 8, 1, 1)),
         )
     )

@@ -181,13 +181,16 @@ class Call:
         """A dimension whose indices are always kept."""
         return Axis(self.labels.fixed(length, self.reason(text or f"{self.operation} makes it")))
 
-    def stretched(self, d: int, length: int) -> Axis:
-        """Dimension d of a result, as long as what it meets: labels of its own, unless its length is symbolic."""
+    def stretched(self, d: int, length: int, *, zero: bool = False) -> Axis:
+        """Dimension d of a result, as long as what it meets: labels of its own, unless its length is symbolic.
+
+        What is repeated along it is not zero where its labels go, unless it is known to be.
+        """
         value = self.node.meta["val"]
         first = value[0] if isinstance(value, (tuple, list)) else value
         if length == 1 or isinstance(first.shape[d], torch.SymInt):
             return self.fixed(length, "the size of a batch")
-        return Axis(self.labels.allocate(length, self.operation))
+        return Axis(self.labels.allocate(length, self.operation), zero)
 
     def fix(self, axes: Iterable[Axis], text: str) -> None:
         """Never narrow these dimensions, for that reason."""

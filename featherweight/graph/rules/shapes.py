@@ -396,7 +396,7 @@ def triangle(call: Call) -> Value:
 def made_whole(call: Call) -> Value:
     """As long as what it meets."""
     zero = "zeros" in call.operation or call.get("fill_value") == 0
-    return tuple(call.stretched(d, length).keeping(zero) for d, length in enumerate(call.shape))
+    return tuple(call.stretched(d, length, zero=zero) for d, length in enumerate(call.shape))
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli")
