@@ -5,7 +5,7 @@ from featherweight.graph.coupling import Coupling, Group, Site, couple
 from featherweight.graph.edges import put_on_edges, value_names, weight_of
 from featherweight.graph.fold import fold, foldable
 from featherweight.graph.module import ModelGraph, graph_module
-from featherweight.graph.narrow import Narrowed, Narrowing, narrow
+from featherweight.graph.narrow import Narrowed, Narrowing, Unfaithful, narrow
 from featherweight.graph.optimizer import narrow_optimizer
 from featherweight.graph.trace import GraphError, Trace, capture
 
@@ -19,6 +19,7 @@ __all__ = [
     "Narrowing",
     "Site",
     "Trace",
+    "Unfaithful",
     "behind",
     "capture",
     "couple",

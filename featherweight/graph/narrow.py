@@ -31,6 +31,22 @@ _SMALL = 30_000_000  # parameters: up to here answers are compared in float64
 _SAME = 1e-6  # largest relative difference of both forms there: code that casts to float32 by name rounds differently
 
 
+class Unfaithful(GraphError):
+    """A narrowed network does not answer as the masked original does, because of one group.
+
+    Args:
+        group: its name.
+        difference: of the answers, relative to the original's largest.
+    """
+
+    def __init__(self, group: str, difference: float) -> None:
+        self.group, self.difference = group, difference
+        super().__init__(
+            f"without some of group {group!r}, the narrowed network does not answer as the original with those slices "
+            f"set to zero does (relative difference {difference:.1e}): leave that group whole, and report it"
+        )
+
+
 @dataclass(frozen=True)
 class Narrowing:
     """What to cut from a model, as plain data.
@@ -151,9 +167,8 @@ def narrow(
         check: whether to compare the answers; the module form is always compared with the graph.
 
     Raises:
-        GraphError: a group or unit that is not there, a group that would be empty, or a narrowed model that does not
-            answer
-            as the masked one does; the message names the group.
+        GraphError: a group or unit that is not there, or a group that would be empty.
+        Unfaithful: the narrowed model does not answer as the masked one does; it names the group.
     """
     lost = coupling.lost(kept)
     _refuse_empty(coupling, lost, kept)
@@ -369,10 +384,7 @@ def _checked(coupling: Coupling, graph: nn.Module, kept: Mapping[str, Sequence[i
         single, _ = rewrite.narrowed(coupling, alone, _cut(coupling, plan))
         far, allowed = _error(coupling, single, alone)
         if far > allowed:
-            raise GraphError(
-                f"without some of group {name!r}, the narrowed network does not answer as the original with those "
-                f"slices set to zero does (relative difference {far:.1e}): leave that group whole, and report it"
-            )
+            raise Unfaithful(name, far)
     raise GraphError(
         f"the network narrowed in {len(kept)} groups does not answer as the original with those slices set to zero "
         f"does (relative difference {error:.1e}), although it does for every group alone: "

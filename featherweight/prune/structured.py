@@ -39,7 +39,7 @@ from featherweight.curvature.solve import damp, least_squares
 from featherweight.edits import Edit, Leave, Narrow
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Layer, is_layer
-from featherweight.graph import Behind, Group, Site, behind, couple, narrow
+from featherweight.graph import Behind, Group, Narrowed, Site, Unfaithful, behind, couple, narrow
 from featherweight.layers import PerLayer, for_layer, matches, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
@@ -237,6 +237,18 @@ class Structured(Step):
             work = study.worked_out["pruning"] = _Work(self, study)
         return work
 
+    def _narrowed(self, study: Study) -> tuple[_Work, dict[str, tuple[int, ...]], Narrowed | None]:
+        """The work, the units that stay and the narrowed model; widths are chosen anew without groups that fail."""
+        work, said = self._work(study), len(study.notes)
+        while kept := work.chosen() if work.groups else {}:
+            try:
+                return work, kept, narrow(study.model, work.coupling, kept)
+            except Unfaithful as error:
+                del study.notes[said:]
+                why = f"the narrowed network would answer otherwise (by {error.difference:.1e}): please report it"
+                work = study.worked_out["pruning"] = _Work(self, study, {**work.failed, error.group: why})
+        return work, kept, None
+
     def edits(self, study: Study) -> Iterator[Edit]:
         """Round by round: choose widths, narrow, refit what reads narrowed inputs, mend batch norms, fine-tune."""
         self.check(study)
@@ -248,13 +260,11 @@ class Structured(Step):
             # Of the two the first has the model as it becomes.
             now = study if number == 1 and self.penalty is None else study.again()
             step = self if self.rounds == 1 else self._round(number, whole, _metrics(study.start))
-            work = step._work(now)
-            kept = work.chosen() if work.groups else {}
+            work, kept, made = step._narrowed(now)
             stays = {**work.left, **work.whole(kept)}
             left = stays if left is None else {name: reason for name, reason in stays.items() if name in left}
-            if not kept:
+            if made is None:
                 continue
-            made = narrow(study.model, work.coupling, kept)
             edit = Narrow(made.narrowing)
             if self.budget is None or self.budget.drop is None:
                 yield edit
@@ -313,10 +323,16 @@ class Structured(Step):
 
 
 class _Work:
-    """One step at work on one model."""
+    """One step at work on one model.
 
-    def __init__(self, step: Structured, study: Study) -> None:
-        self.step, self.study = step, study
+    Args:
+        step: the step.
+        study: the model.
+        failed: groups that the narrowed network has been found to answer otherwise without, with the reason.
+    """
+
+    def __init__(self, step: Structured, study: Study, failed: Mapping[str, str] | None = None) -> None:
+        self.step, self.study, self.failed = step, study, failed or {}
         self.coupling = couple(study.original, study.task.inputs().on(study.original))
         self.left: dict[str, str] = {}
         self.unscored: dict[str, list[str]] = {}  # why a score says nothing of groups, and which
@@ -339,6 +355,9 @@ class _Work:
 
     def _wanted(self, group: Group) -> bool:
         if group.kind not in self.step.kinds:
+            return False
+        if group.name in self.failed:
+            self.left.update(dict.fromkeys(self._makers(group), self.failed[group.name]))
             return False
         ignored = {name for name in self._makers(group) if matches(name, self.step.ignore)}
         for name in self._makers(group) if ignored else ():

@@ -388,6 +388,28 @@ def test_ignored_layers_lose_no_output_nor_does_what_goes_with_them():
     }
 
 
+class Flipped(Wide):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.one(x))).flip(1)
+        return self.head(torch.relu(self.hidden(torch.relu(self.two(x)).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("setting", [{"ratio": 0.5}, {"budget": fw.Budget(macs=0.6)}], ids=str)
+def test_a_group_that_fails_the_check_stays_whole_and_the_rest_is_pruned(setting, monkeypatch):
+    """Wherever a rule is wrong, as one that calls a shuffle the identity, only what it touches is left."""
+    from featherweight.graph.rules import RULES
+
+    monkeypatch.setitem(RULES, "flip", lambda call: call.axes("self"))
+    model = make(Flipped)
+    compressed = fw.compress(model, prune.Channels(**setting), task=task_of(model))
+    made = sizes(compressed)
+    assert made["one"] == 24
+    assert made["two"] < 32
+    assert "would answer otherwise" in compressed.ledger.steps[0].left["one"]
+    assert set(compressed.ledger.steps[0].choices) == {"two channels", "hidden neurons"}
+    assert compressed.ledger.after.total.macs < 0.6 * compressed.ledger.before.total.macs
+
+
 @pytest.mark.parametrize(
     ("step", "expected", "left"),
     [
@@ -599,14 +621,12 @@ class Standardised(nn.Conv2d):
         return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
-@pytest.mark.parametrize("kind", ["own forward", "own _conv_forward", "transposed", "parametrized"])
+@pytest.mark.parametrize("kind", ["own forward", "transposed"])
 def test_layers_that_are_no_plain_ones_are_narrowed_and_keep_their_weights(kind):
     model = make(Wide)
     layers = {
         "own forward": lambda: Doubling(24, 32, 3, padding=1),
-        "own _conv_forward": lambda: Standardised(24, 32, 3, padding=1),
         "transposed": lambda: nn.ConvTranspose2d(24, 32, 3, padding=1),
-        "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(24, 32, 3, padding=1)),
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -618,11 +638,28 @@ def test_layers_that_are_no_plain_ones_are_narrowed_and_keep_their_weights(kind)
     compressed = fw.compress(model, step, task=task_of(model, 64))
     assert sizes(compressed)["one"] == 12
     assert "not refitted, though what they read was narrowed" in notes(compressed)
-    if kind in (
-        "own forward",
-        "transposed",
-    ):  # of the others the mean or the length of a kernel is another without them
-        assert off(model, compressed) < 1e-5
+    assert off(model, compressed) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["standardised", "weight norm", "spectral norm"])
+def test_what_a_layer_reads_stays_where_its_weights_would_change_without_it(kind):
+    model = make(Wide)
+    plain = nn.Conv2d(24, 32, 3, padding=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        match kind:
+            case "standardised":
+                model.two = Standardised(24, 32, 3, padding=1)
+            case "weight norm":
+                model.two = nn.utils.parametrizations.weight_norm(plain)
+            case "spectral norm":
+                model.two = nn.utils.parametrizations.spectral_norm(plain)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5, score="l2"), task=task_of(model, 64))
+    left = compressed.ledger.steps[0].left
+    assert "the weights that stay would change" in left["one"]
+    assert ("two" in left) == (kind == "spectral norm")
+    assert compressed.model.one.out_channels == 24
+    assert compressed.model.hidden.out_features == 20
 
 
 def test_a_width_in_the_code_makes_a_graph_which_says_why_and_is_refitted(tmp_path):
