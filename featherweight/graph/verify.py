@@ -8,7 +8,7 @@ network does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ RESTRICTED = {
     "group_norm": "statistics over what was kept of every group",
     "mean": "of a norm written out: over what was kept; of anything else, zeros count",
     "_weight_norm": "a removed row is 0, not 0 / 0",
+}
+
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 
 
@@ -55,8 +60,8 @@ class Masked(fx.Interpreter):
             return value
         if name not in self._masked:
             value = value.detach()
-            wide = self._double and value.is_floating_point()
-            value = value.to(torch.float64 if wide else value.dtype, copy=True)  # the tensor is the model's own
+            wide = torch.float64 if value.is_floating_point() else widened(value.dtype)
+            value = value.to(wide if self._double else value.dtype, copy=True)  # the tensor is the model's own
             if value.is_floating_point() or value.is_complex():
                 for d, axis in enumerate(self._coupling.analysis.tensors.get(name, ())):
                     gone = torch.from_numpy(~self._coupling.stays(axis.rows, self._lost))
@@ -122,19 +127,19 @@ class Masked(fx.Interpreter):
 
 
 def widened(value: Any) -> Any:
-    """float32 and narrower types in an operation's arguments as float64."""
-    narrow = (torch.float32, torch.float16, torch.bfloat16)
-
-    def one(leaf: Any) -> Any:
-        return torch.float64 if isinstance(leaf, torch.dtype) and leaf in narrow else leaf
-
-    return pytree.tree_map(one, value)
+    """float32 and narrower types in an operation's arguments as float64, complex ones as complex128."""
+    return pytree.tree_map(lambda leaf: _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf, value)
 
 
 def answers(module: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Every floating-point tensor in a module's answer."""
+    """Every floating-point tensor in a module's answer; of complex ones both parts, in a last dimension."""
     with torch.no_grad(), batch.plain_attention():
-        return [t for t in batch.tensors_in(inputs.into(module)) if t.is_floating_point()]
+        return _real(batch.tensors_in(inputs.into(module)))
+
+
+def _real(tensors: Iterable[Tensor]) -> list[Tensor]:
+    parts = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors)
+    return [t for t in parts if t.is_floating_point()]
 
 
 def masked_answers(coupling: Coupling, lost: Mask, inputs: Inputs, *, double: bool) -> list[Tensor]:
@@ -144,7 +149,7 @@ def masked_answers(coupling: Coupling, lost: Mask, inputs: Inputs, *, double: bo
     with torch.no_grad(), batch.plain_attention():
         made = Masked(coupling, lost, double=double).run(*flat, enable_io_processing=False)
     made = graph.graph._codegen.process_outputs(made)
-    return [t for t in batch.tensors_in(made) if t.is_floating_point()]
+    return _real(batch.tensors_in(made))
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:
@@ -175,7 +180,10 @@ def random_like(inputs: Inputs, seed: int, *, dynamic: bool, double: bool) -> In
         if value.is_floating_point():
             made = torch.randn(value.shape, generator=generator).to(value.device)
             return made.double() if double else made.to(value.dtype)
-        if value.dtype == torch.bool or not value.numel() or value.is_complex():
+        if value.is_complex():
+            made = torch.randn(value.shape, generator=generator, dtype=torch.complex128).to(value.device)
+            return made if double else made.to(value.dtype)
+        if value.dtype == torch.bool or not value.numel():
             return value
         low, high = int(value.min()), int(value.max())
         return torch.randint(low, high + 1, value.shape, generator=generator).to(value)
@@ -188,6 +196,8 @@ def in_double(module: nn.Module) -> nn.Module:
     """A copy of a module in float64; of a captured graph, the types written in it too."""
     with quiet():
         made = copy.deepcopy(module).double()
+    for tensor in (*made.parameters(), *made.buffers()):
+        tensor.data = tensor.data.to(widened(tensor.dtype))  # the complex ones, which `double` leaves alone
     if isinstance(made, fx.GraphModule):
         for node in made.graph.nodes:
             node.args, node.kwargs = widened((node.args, node.kwargs))

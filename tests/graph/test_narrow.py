@@ -8,13 +8,27 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, assert_equals_masked, conv, example, half, head, randomised, some
+from constructs import (
+    CONSTRUCTS,
+    IMAGE,
+    TOKENS,
+    Net,
+    assert_equals_masked,
+    conv,
+    example,
+    half,
+    head,
+    masked,
+    randomised,
+    some,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from featherweight.batch import Inputs
 from featherweight.errors import ArtifactError
-from featherweight.graph import GraphError, Narrowing, couple, narrow
+from featherweight.graph import GraphError, Narrowing, couple, narrow, verify
 
 
 def fixed_view() -> nn.Module:
@@ -159,6 +173,48 @@ def test_a_wrong_rule_is_caught_and_the_group_named(monkeypatch):
     coupling = couple(model, example(IMAGE))
     with pytest.raises(GraphError, match=r"without some of group 'a.0 channels'"):
         narrow(model, coupling, {"b.0 channels": [0, 1], "a.0 channels": [0, 1, 5]})
+
+
+class Spectral(nn.Module):
+    """A Fourier layer: complex weights mix channels frequency by frequency."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last, self.head = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 6, 1), nn.Conv1d(6, 2, 1)
+        self.weight = nn.Parameter(torch.randn(8, 8, 5, dtype=torch.complex64))
+
+    def forward(self, x):
+        y = self.stem(x)
+        mixed = torch.einsum("bif,iof->bof", torch.fft.rfft(y), self.weight)
+        return self.head(self.last(y + torch.fft.irfft(mixed, n=8)).relu())
+
+
+@pytest.mark.parametrize("form", ["module", "graph"])
+def test_complex_parameters_are_checked_in_double_too(form):
+    torch.manual_seed(0)
+    model = Spectral().eval()
+    x = torch.randn(2, 3, 8)
+    coupling = couple(model, Inputs((x,)))
+    narrowed = narrow(model, coupling, {"last channels": [0, 2, 5]}, form=form)
+    assert narrowed.error < 1e-12
+    assert narrowed.module.weight.dtype == torch.complex64
+    assert torch.allclose(narrowed.module(x), masked(model, narrowed.narrowing)(x), atol=1e-5)
+
+
+def test_answers_that_are_complex_are_compared():
+    class Phases(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.phase = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) * self.phase
+
+    model, x = Phases().eval(), torch.randn(2, 4)
+    narrowed = narrow(model, couple(model, Inputs((x,))), {"a neurons": [0, 3]})
+    assert verify.distance(*(verify.answers(m, Inputs((x,))) for m in (narrowed.module, model))) > 1e-3
+    assert narrowed.error < 1e-12
 
 
 STEPS = (
