@@ -243,6 +243,14 @@ def removable(model: nn.Module, task: Task, ignore: tuple[str, ...] = ()) -> tup
             left[name] = reason
         else:
             able.append(name)
+    for name in list(able):
+        try:
+            with torch.no_grad(), mode(trial := made(model, {name: Removed()}), training=False):
+                task.inputs().on(trial).into(trial)
+        except Exception as error:  # what is around it may read anything of it
+            able.remove(name)
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            left[name] = f"the network does not run without it: {said}"
     return able, left
 
 

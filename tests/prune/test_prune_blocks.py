@@ -55,6 +55,19 @@ def test_the_block_that_does_least_goes_first() -> None:
         assert small.ledger.after.total.macs < small.ledger.before.total.macs
 
 
+def test_a_block_that_others_read_attributes_of_stays_and_is_listed() -> None:
+    """PyTorch's encoder looks into its first layer, so that only the others can go."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 3), nn.Linear(8, 3)).eval()
+    data = torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(1))
+    small = fw.compress(model, Blocks(count=1, ignore=("1",)), task=fw.Task(data[:1], calibration=data.split(4)))
+    assert removed(small)[0] in ("1.layers.1", "1.layers.2")
+    left = small.ledger.steps[0].left["1.layers.0"]
+    assert left.startswith("the network does not run without it: ")
+    assert "self_attn" in left
+
+
 def test_of_a_block_the_input_stays_and_of_a_branch_zeros() -> None:
     """Both say the same here: without the branch, x + 0; without the block, x."""
     model = network((1.0,))
