@@ -32,10 +32,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def unmatched(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
-    """A sentence for every pattern that matches none of the names."""
+def unmatched(patterns: Iterable[str], names: Sequence[str], what: str = "layers") -> list[str]:
+    """A sentence for every pattern that matches none of the names, which are of what is said."""
     return [
-        f"the pattern {pattern!r} matches none of {len(names)} layers{did_you_mean(pattern, names)}"
+        f"the pattern {pattern!r} matches none of {len(names)} {what}{did_you_mean(pattern, names)}"
         for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in names)
     ]

@@ -119,6 +119,14 @@ def test_a_recipe_can_be_read_and_written(recipe: Path) -> None:
     assert fw.Recipe.from_yaml(read.to_yaml()) == read
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipe_names_no_layers_of_one_network(recipe: Path) -> None:
+    for step in fw.Recipe.load(recipe).steps:
+        for name, value in step.settings().items():
+            assert name != "ignore", recipe
+            assert not isinstance(value, dict) or name in ("budget", "select") or set(value) == {"*"}, (recipe, name)
+
+
 def anchors(page: str) -> set[str]:
     """The anchors of a page's headings, as GitHub names them."""
     plain = re.sub(r"^```.*\n(?:.*\n)*?```$", "", page, flags=re.MULTILINE)

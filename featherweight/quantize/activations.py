@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from featherweight.batch import mode, sketch, tensors_in
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
-from featherweight.errors import EditError
+from featherweight.errors import EditError, FeatherweightError
 from featherweight.forms import Grid, Rounded, Rounding, constraints_on, parametrized
 from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max, short
 from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names, weight_of
@@ -27,11 +27,11 @@ from featherweight.ledger import Choice, Point
 from featherweight.machine import processor
 from featherweight.progress import track
 from featherweight.quantize.observers import Observer, range_of
-from featherweight.quantize.placement import Edge, Placement, place
+from featherweight.quantize.placement import Edge, Placement, operation_of_any, place
 from featherweight.quantize.targets import TARGETS, Target
 from featherweight.step import Stage, Step
 from featherweight.study import Study
-from featherweight.task import Task
+from featherweight.task import Task, working_copy
 
 # How far the nearer end of a range is from 0, as a share of the further one, for its values to lie about 0: a symmetric
 # grid then loses less than half a bit.
@@ -52,6 +52,8 @@ class Activations(Step):
             target is one that would overflow and this machine's processor lacks the instructions that would not. A
             file made with it serves everywhere.
         ignore: patterns of layers and operations to leave alone.
+
+    Patterns are held against the network that the recipe is given; one that matches nothing is an error.
     """
 
     bits: PerLayer[int] = 8
@@ -72,7 +74,27 @@ class Activations(Step):
                     found.append(f"{setting} is {bits}: it can be 2 to 8, or 16")
         if not sketch(task.inputs()):
             found.append("the example's inputs are nested in other containers: give tensors and plain values")
-        return found
+        return found or self._unmatched(model, task)
+
+    def _unmatched(self, model: nn.Module, task: Task) -> list[str]:
+        """A sentence for every pattern that matches nothing."""
+        given = {name: getattr(self, name) for name in (*self._widths(), "ignore")}
+        given = {name: tuple(patterns) for name, patterns in given.items() if isinstance(patterns, Mapping | tuple)}
+        if not any(given.values()):
+            return []
+        try:
+            graph = as_graph(working_copy(model).eval(), task.inputs().on(model))
+        except FeatherweightError:
+            return []  # what is wrong is said by the task, or when the step begins
+        values, layers = value_names(graph), layer_names(model, inside=True)
+        weights = [weight_of(node) for node in values if operation_of_any(node) != "batch_norm"]
+        layers = list(dict.fromkeys([*layers, *(w.removesuffix(".weight") for w in weights if w is not None)]))
+        known = {
+            "bits": (layers, "layers"),
+            "activation_bits": (list(values.values()), "values"),
+            "ignore": (list(dict.fromkeys([*layers, *values.values()])), "layers and values"),
+        }
+        return [problem for setting, patterns in given.items() for problem in unmatched(patterns, *known[setting])]
 
     def _widths(self) -> tuple[str, ...]:
         return ("bits",)
@@ -87,7 +109,6 @@ class Activations(Step):
         yield from self.capture(study)
         graph = study.model
         assert isinstance(graph, ModelGraph)
-        study.notes += self.unmatched(graph)
         yield from self.rounded(study, graph)
 
     @abstractmethod
@@ -117,13 +138,6 @@ class Activations(Step):
     def refused(self, name: str) -> str | None:
         """Why an operation is left alone; None where it is not."""
         return "ignored, as asked" if matches(name, self.ignore) else None
-
-    def unmatched(self, graph: ModelGraph) -> list[str]:
-        """A sentence for every pattern that matches nothing in the graph."""
-        names = list(value_names(graph).values())
-        given = [getattr(self, setting) for setting in self._widths()]
-        patterns = [*self.ignore, *(p for setting in given if isinstance(setting, Mapping) for p in setting)]
-        return unmatched(patterns, names)
 
     def reasons(self, study: Study, placement: Placement) -> dict[str, str]:
         """All layers that stay as they are, with the reason; those that the example never calls among them."""

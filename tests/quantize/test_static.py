@@ -103,9 +103,21 @@ def test_settings_by_pattern_reach_their_layers_and_edges():
     assert small.ledger.steps[0].left == {"down": "ignored, as asked"}
 
 
-def test_a_pattern_that_matches_nothing_is_said():
-    _, small = residual.__wrapped__(bits={"haed": 4})
-    assert any("'haed' matches none" in note for note in small.ledger.steps[0].notes)
+@pytest.mark.parametrize("step", [quantize.Static, quantize.QAT])
+def test_a_pattern_that_matches_nothing_is_an_error(step):
+    model = make(Residual)
+    settings = {"bits": {"haed": 4, "relu": 4}, "activation_bits": {"rleu": 4, "*": 6}, "ignore": ("stme", "stem")}
+    with pytest.raises(RecipeError) as found:
+        fw.compress(model, step(**settings), task=task_of(model, train=train))
+    problems = [problem.split(": ", 1)[1] for problem in found.value.problems]
+    assert [problem.partition(" matches none of ")[0] for problem in problems] == [
+        "the pattern 'haed'",
+        "the pattern 'relu'",  # which has no weights
+        "the pattern 'rleu'",
+        "the pattern 'stme'",
+    ]
+    assert "layers; did you mean 'head'?" in problems[0]
+    assert "values; did you mean 'relu'?" in problems[2]
 
 
 @pytest.mark.parametrize(
