@@ -10,6 +10,7 @@ from torch import nn
 
 from featherweight.errors import did_you_mean
 from featherweight.forms import FormModule, Layer, Masked, constraints_on, is_layer
+from featherweight.graph import ModelGraph
 
 T = TypeVar("T")
 
@@ -18,6 +19,13 @@ PerLayer: TypeAlias = Union[T, Mapping[str, T]]  # noqa: UP007 - the | of a Type
 
 # Kinds of layers whose weights a user may expect to be compressed, beyond Linear and Conv.
 _WEIGHTED = (nn.modules.conv._ConvTransposeNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
+# Multiplies by tensors without calling the layer that has them.
+_ATTENTION = nn.MultiheadAttention
+_IN_ATTENTION = (
+    "nn.MultiheadAttention multiplies by it and calls no layer: what works on the network's graph reaches it, such as "
+    "quantize.Static, quantize.Dynamic and prune.Heads"
+)
 
 
 def for_layer(setting: PerLayer[T], name: str, default: T) -> T:
@@ -73,15 +81,16 @@ def nearest(name: str, names: Container[str]) -> str | None:
 
 
 def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str], inside: bool = False) -> dict[str, str]:
-    """Layers that no technique may change, with the reason.
+    """Layers that no technique may change, with the reason; with `inside`, tensors that belong to none as well.
 
     Args:
         model: the network.
         called: names of the layers that the example calls.
         ignore: patterns of layers that the user wants left alone.
-        inside: whether layers that a replaced one is made of are looked at, or that one as a whole.
+        inside: for techniques that change values and no shapes: look at the layers that a replaced one is made of, and
+            not at that one as a whole.
     """
-    called, found = set(called), {}
+    called, found = set(called), _apart(model, ignore) if inside else {}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -91,16 +100,45 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str], in
         elif isinstance(layer, FormModule):
             found[name] = "an earlier step has replaced it"
         elif not is_layer(layer):
-            found[name] = f"a {type(layer).__name__} is neither a Linear nor a Conv layer"
+            found[name] = _other_kind(layer)
         elif (reason := _own_behaviour(layer)) is not None:
             found[name] = reason
         elif (shared := _shared_with(model, name, layer, owners)) is not None:
             found[name] = shared
+        elif nearest(name, called) is None and isinstance(model.get_submodule(name.rpartition(".")[0]), _ATTENTION):
+            found[name] = _IN_ATTENTION
         elif nearest(name, called) is None:
             found[name] = "the example never calls it: it is unused, or another module uses its weight directly"
         elif not layer.weight.is_floating_point() or layer.weight.is_complex():
             found[name] = f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
     return found
+
+
+def _apart(model: nn.Module, ignore: Iterable[str]) -> dict[str, str]:
+    """Tensors of two or more dimensions that belong to no layer, by name, with the reason why they stay."""
+    layers = {**weighted_layers(model), **weighted_layers(model, inside=True)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner, _, tensor = name.removesuffix(".original").replace(".parametrizations.", ".").rpartition(".")
+        if parameter.ndim < 2 or not parameter.is_floating_point() or nearest(owner, layers) is not None:
+            continue
+        module, name = model.get_submodule(owner), f"{owner}.{tensor}".removeprefix(".").removesuffix(".weight")
+        if matches(name, ignore):
+            found[name] = "ignored, as asked"
+        elif isinstance(model, ModelGraph):
+            found[name] = "an earlier step has made the network a graph, which has no layers: move this step above it"
+        elif isinstance(module, _ATTENTION):
+            found[name] = _IN_ATTENTION
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            found[name] = _other_kind(module)
+        else:
+            found[name] = "it belongs to no Linear or Conv layer: where it is multiplied by, put it into an nn.Linear"
+    return found
+
+
+def _other_kind(module: nn.Module) -> str:
+    kind = type(module).__name__
+    return f"a{'n' if kind[0] in 'AEIOU' else ''} {kind} is neither a Linear nor a Conv layer"
 
 
 def settled(layer: Layer) -> str | None:

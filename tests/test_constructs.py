@@ -281,7 +281,7 @@ def linear_on_tokens() -> nn.Module:
     return nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
 
 
-@construct(tokens(), {"self_attn.out_proj": "example never calls it"})
+@construct(tokens(), {"self_attn.out_proj": "calls no layer"})
 def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
 
@@ -291,7 +291,7 @@ def encoder_layer() -> nn.Module:
         "src": torch.randn(n, 5, 16),
         "src_key_padding_mask": torch.arange(5)[None] > torch.arange(n)[:, None] % 5,
     },
-    {r"layers.\d.self_attn.out_proj": "example never calls it"},
+    {r"layers.\d.self_attn.out_proj": "calls no layer"},
 )
 def padded_encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
@@ -299,13 +299,13 @@ def padded_encoder() -> nn.Module:
 
 @construct(
     lambda n: (torch.randn(n, 5, 16), torch.randn(n, 4, 16)),
-    {r"(en|de)coder.layers.\d.(self|multihead)_attn.out_proj": "example never calls it"},
+    {r"(en|de)coder.layers.\d.(self|multihead)_attn.out_proj": "calls no layer"},
 )
 def encoder_and_decoder() -> nn.Module:
     return nn.Transformer(16, 2, 1, 1, 32, batch_first=True)
 
 
-@construct(tokens(), {"attention.out_proj": "example never calls it"})
+@construct(tokens(), {"attention.out_proj": "calls no layer"})
 def multihead_attention() -> nn.Module:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.head(x + self.attention(x, x, x, need_weights=False)[0])

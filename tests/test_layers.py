@@ -90,7 +90,8 @@ def test_an_attentions_output_is_never_called() -> None:
     given.out_proj.register_forward_hook(lambda *_: called.append("out_proj"))
     given(*[torch.ones(3, 1, 4)] * 3)
     given.out_proj._forward_hooks.clear()
-    assert set(obstacles(given, called, ())) == {"out_proj"}
+    (reason,) = obstacles(nn.Sequential(given), called, ()).values()
+    assert "multiplies by it and calls no layer" in reason
 
 
 class OwnForward(nn.Linear):
@@ -169,6 +170,26 @@ def test_a_parameter_of_the_model_itself_can_be_shared_too() -> None:
 def test_a_parametrized_layer_under_two_names_shares_with_nobody() -> None:
     shared = parametrizations.weight_norm(nn.Linear(4, 4))
     assert reasons(nn.ModuleDict({"one": shared, "other": shared})) == {}
+
+
+def test_where_values_are_changed_every_tensor_that_stays_is_named() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.position = nn.Embedding(5, 4), nn.Parameter(torch.ones(3, 4))
+            self.attention, self.norm = nn.MultiheadAttention(4, 2), nn.LayerNorm(4)
+            self.rnn, self.normed = nn.GRU(4, 4), parametrizations.weight_norm(nn.Linear(4, 4))
+
+    model = Model()
+    called = ["rnn", "normed"]
+    assert set(obstacles(model, called, ())) == {"attention.out_proj", "rnn"}
+    found = obstacles(model, called, ("pos*",), inside=True)
+    assert set(found) == {"words", "position", "attention.in_proj_weight", "attention.out_proj", "rnn"}
+    assert found["words"] == "an Embedding is neither a Linear nor a Conv layer"
+    assert found["position"] == "ignored, as asked"
+    assert "quantize.Static" in found["attention.in_proj_weight"]
+    assert found["attention.in_proj_weight"] == found["attention.out_proj"]
+    assert "belongs to no Linear or Conv layer" in obstacles(model, called, (), inside=True)["position"]
 
 
 def test_weights_that_are_no_real_numbers_are_left() -> None:
