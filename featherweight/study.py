@@ -38,7 +38,7 @@ class Study:
         findings: what the step wants in the ledger beside its edits, by field of the ledger's entry.
         worked_out: what the step has found out when it was checked, and need not find out again.
         given: the network that the recipe was given, the caller's own: to be copied, never to be run or changed.
-        trained: whether the step has trained the model: then values have changed that no edit tells of.
+        trained: whether the step has changed values that no edit tells of, as training does.
         made: the edits of earlier steps, which a file of the model begins with.
     """
 

@@ -7,6 +7,7 @@ from featherweight.quantize.dynamic import Dynamic
 from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.qat import QAT
 from featherweight.quantize.rate_distortion import RateDistortion
+from featherweight.quantize.smooth_quant import SmoothQuant
 from featherweight.quantize.static import Static
 from featherweight.quantize.targets import TARGETS, Target, target
 from featherweight.quantize.weights import Weights
@@ -20,6 +21,7 @@ __all__ = [
     "Binary",
     "Dynamic",
     "RateDistortion",
+    "SmoothQuant",
     "Static",
     "Target",
     "Ternary",

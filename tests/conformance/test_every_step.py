@@ -141,6 +141,7 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
         "plain": {"bits": 4, "activation_bits": 4, "epochs": 2},
         "zero points": {"learn": "lsq+", "distill": True, "epochs": 1, "target": "openvino"},
     },
+    quantize.SmoothQuant: {"plain": {}, "strong": {"alpha": 0.8}},
     quantize.RateDistortion: {"plain": {"coarseness": 0.3}, "optimal": {"budget": fw.Budget(bytes=0.4)}},
 }
 # The networks that each step is tested on: it finds something to change in all of them.
@@ -176,6 +177,7 @@ MEETS: dict[type[Step], tuple[str, ...]] = {
     quantize.Static: ("residual", "transformer", "temporal"),
     quantize.Dynamic: ("transformer",),
     quantize.QAT: ("residual", "attention"),
+    quantize.SmoothQuant: ("attention",),
     quantize.RateDistortion: ("residual", "transformer"),
 }
 # Steps that leave every layer as large as it was, and store it in fewer bits.
@@ -228,7 +230,8 @@ every_retraining_case = pytest.mark.parametrize(
     ("step", "settings", "network"), [case for case in CASES if issubclass(case.values[0], Retraining)]
 )
 every_form_case = pytest.mark.parametrize(
-    ("step", "settings", "network"), [case for case in CASES if not issubclass(case.values[0], Retraining)]
+    ("step", "settings", "network"),
+    [case for case in CASES if not issubclass(case.values[0], Retraining | quantize.SmoothQuant)],
 )
 every_structured_case = pytest.mark.parametrize(
     ("step", "settings", "network"), [case for case in CASES if issubclass(case.values[0], Structured)]
