@@ -20,7 +20,7 @@ from featherweight.forms import Binary, Constraint, Float, Form, Grid, Layer, Te
 from featherweight.forms.floats import TYPES
 from featherweight.forms.grid import WIDTHS, least_error, min_max, percentile, short
 from featherweight.forms.mask import Masked
-from featherweight.layers import PerLayer, for_layer, settled
+from featherweight.layers import PerLayer, for_layer, layer_names, matches, settled
 from featherweight.layerwise import Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
@@ -78,7 +78,8 @@ class Rounding(Layerwise):
         symmetric: whether grids have no zero point; per layer where it is a mapping.
         granularity: what has a scale of its own, ``"channel"`` (every output) or ``"tensor"``; per layer where it is a
             mapping.
-        group: values of an output that share a scale, such as 64; 0 for all; per layer where it is a mapping.
+        group: values of an output that share a scale, such as 64; 0 for all; per layer where it is a mapping. It is for
+            grids whose outputs have scales of their own.
         ranges: how far a grid reaches: ``"output"`` (least error of the layer's output once its values are rounded; as
             ``"mse"`` without data, for a grid that several outputs share, for groups, and to choose bits by),
             ``"mse"`` (least error of the values, weighed by what the inputs are), ``"min-max"`` (all values) or
@@ -131,7 +132,29 @@ class Rounding(Layerwise):
         for value in self.group.values() if isinstance(self.group, Mapping) else [self.group]:
             if isinstance(value, int) and value < 0:
                 found.append(f"group is {value}: it must be at least 1, or 0 for all values of an output")
-        return found
+        return found or self._without_say(model)
+
+    def _without_say(self, model: nn.Module) -> list[str]:
+        """A sentence for `group` and `symmetric` where a layer's weights have neither groups nor zero points."""
+        found: dict[str, str] = {}
+        for name in layer_names(model, inside=True) if self.plan is None else ():
+            bits = self.offer if self.ways()["budget"] is not None else (for_layer(self.bits, name, None),)
+            forms = [self.form(name, wanted) for wanted in bits if wanted is not None]
+            if matches(name, self.ignore) or not forms:
+                continue
+            grids, group = any(isinstance(form, Grid) for form in forms), for_layer(self.group, name, 0)
+            stated, others = f"with weights of {forms[0]}", "give 2 to 8 or 16 bits, or leave it out"
+            if group and not grids:
+                found.setdefault(
+                    "group", f"group is {group} for {name!r}, and has no say {stated}: {others}, or no group"
+                )
+            elif group and for_layer(self.granularity, name, "channel") == "tensor":
+                both = "groups are of the values of an output: give granularity='channel', or no group"
+                found.setdefault("group", f"group is {group} for {name!r}, whose granularity is 'tensor': {both}")
+            if not grids and not for_layer(self.symmetric, name, True):
+                affine = f"symmetric is False for {name!r}, and has no say {stated}, which have no zero point"
+                found.setdefault("symmetric", f"{affine}: {others}")
+        return list(found.values())
 
     def form(self, name: str, bits: int | str) -> Constraint:
         """The constraint for a layer of that name."""

@@ -195,6 +195,10 @@ def test_a_channel_that_is_zero_or_constant_and_a_single_sample_are_no_trouble()
         ({"bits": 4, "group": -1}, "group is -1: it must be at least 1, or 0"),
         ({"bits": 4, "budget": fw.Budget(bytes=0.5)}, "budget and bits both say how much to keep"),
         ({}, "nothing says how much to keep: give one of budget=, bits=, select=plan"),
+        ({"bits": 1, "group": 16}, "group is 16 for 'first', and has no say with weights of 1 bit: give 2 to 8 or"),
+        ({"bits": {"head": "ternary", "*": 4}, "group": 8}, "group is 8 for 'head', and has no say with weights of 3"),
+        ({"bits": 4, "group": 8, "granularity": {"second": "tensor"}}, "for 'second', whose granularity is 'tensor'"),
+        ({"bits": "bf16", "symmetric": False}, "symmetric is False for 'first', and has no say with weights of bf16"),
         ({"bits": 4, "granularity": "row"}, "granularity is 'row', a str: it takes 'channel' or 'tensor'"),
         ({"bits": 4, "ranges": "widest"}, "ranges is 'widest'"),
     ],
@@ -204,6 +208,15 @@ def test_settings_that_cannot_be_are_said(settings, message):
     with pytest.raises(RecipeError) as caught:
         fw.compress(model, quantize.Weights(**settings), task=task_of(model))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("step", [quantize.Binary, quantize.Ternary])
+def test_signs_have_no_groups(step):
+    model = make(Mixed)
+    with pytest.raises(RecipeError, match="group is 16 for 'first', and has no say"):
+        fw.compress(model, step(group=16), task=task_of(model))
+    # Where a budget chooses, the grids on offer have them.
+    assert step(group=16, budget=fw.Budget(bytes=0.5)).problems(model, task_of(model)) == []
 
 
 def test_inputs_become_signs_too_where_asked(tmp_path):
