@@ -29,6 +29,7 @@ from featherweight.progress import track
 from featherweight.quantize.observers import Observer, range_of
 from featherweight.quantize.placement import Edge, Placement, operation_of_any, place
 from featherweight.quantize.targets import TARGETS, Target
+from featherweight.settings import made, mistyped
 from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task, working_copy
@@ -47,7 +48,8 @@ class Activations(Step):
 
     Attributes:
         bits: of the weights, 2 to 8 or 16: for all layers, or by pattern of their names.
-        target: the runtime that it is made for, one of `TARGETS`: it decides where numbers are rounded, and how.
+        target: the runtime that it is made for: it decides where numbers are rounded, and how. The name of one of
+            `TARGETS`, or a `Target`, in recipes a mapping of its fields.
         headroom: whether weights of 8 bits get 7, so that the sum of two products fits into 16 bits; None for where the
             target is one that would overflow and this machine's processor lacks the instructions that would not. A
             file made with it serves everywhere.
@@ -57,14 +59,23 @@ class Activations(Step):
     """
 
     bits: PerLayer[int] = 8
-    target: Literal["onnxruntime-x86", "openvino", "generic-int8", "executorch"] = "onnxruntime-x86"
+    target: Literal["onnxruntime-x86", "openvino", "generic-int8", "executorch"] | Target = "onnxruntime-x86"
     headroom: bool | None = None
     ignore: tuple[str, ...] = ()
 
     stage: ClassVar[Stage] = Stage.VALUES
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        target = made(Target, self.target) if isinstance(self.target, Mapping) else self.target
+        if isinstance(target, Target) and TARGETS.get(target.name) == target:
+            target = target.name  # type: ignore[assignment]
+        object.__setattr__(self, "target", target)
+
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         found = super().problems(model, task)
+        if isinstance(self.target, Target):
+            found += [f"target: {problem}" for problem in mistyped(self.target)]
         if found:
             return found
         for setting in self._widths():
@@ -119,7 +130,7 @@ class Activations(Step):
 
     def runtime(self) -> Target:
         """The target's data."""
-        return TARGETS[self.target]
+        return self.target if isinstance(self.target, Target) else TARGETS[self.target]
 
     def idle(self, study: Study) -> dict[str, str] | None:
         """Where nothing can be rounded, so that the model need not become a graph: all that stays, with the reason."""

@@ -8,7 +8,8 @@ operations behind a convolution.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from featherweight.errors import did_you_mean
 
@@ -21,7 +22,9 @@ CLIPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min")
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime.
+    """A runtime; for one of your own, give a step such as ``replace(TARGETS["openvino"], name="mine", ...)``.
+
+    Operations are named as ATen's are, such as ``"conv2d"`` or ``"adaptive_avg_pool2d"``.
 
     Attributes:
         name: as a setting names it.
@@ -54,6 +57,18 @@ class Target:
     per_channel: bool = True
     bits: tuple[int, ...] = (8,)
     saturates: bool = False
+
+    def __post_init__(self) -> None:
+        """Make tuples of the lists that recipes give."""
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+
+    def to_json(self) -> dict[str, Any]:
+        """What differs from the defaults, as JSON-ready data."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        differs = {field.name: given[field.name] for field in fields(self) if given[field.name] != field.default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in differs.items()}
 
 
 ONNXRUNTIME_X86 = Target(

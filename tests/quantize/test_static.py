@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -140,6 +141,33 @@ def test_settings_that_cannot_be_are_refused_before_any_work(step, message):
 def test_an_unknown_target_is_told_which_there_are():
     with pytest.raises(ValueError, match="no target 'openvno'; did you mean 'openvino'"):
         quantize.target("openvno")
+
+
+def test_a_target_of_ones_own_decides_what_is_rounded_and_survives_yaml():
+    mine = replace(quantize.TARGETS["openvino"], name="mine", layers=("linear",), between=(), signed=True)
+    model = make(Residual)
+    small = fw.compress(model, step := quantize.Static(target=mine), task=task_of(model))
+    (entry,) = small.ledger.steps
+    assert entry.left["stem"] == "mine has no integer kernel for conv2d"
+    assert set(entry.choices) == {"head"}
+    assert {m.form.signed for m in small.model.modules() if isinstance(m, Rounded)} == {True}
+    recipe = fw.Recipe(step)
+    assert fw.Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert quantize.Static(target=quantize.TARGETS["openvino"]) == quantize.Static(target="openvino")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("{name: mine, layers: linear, between: [], fused: []}", "target: layers is 'linear', a str: it takes a list"),
+        ("{name: mine, layer: [linear]}", "Target has no 'layer'; did you mean 'layers'"),
+        ("{name: mine}", "missing 3 required positional arguments: 'layers', 'between', and 'fused'"),
+    ],
+)
+def test_a_target_that_cannot_be_is_said(target, message):
+    model = make(Residual)
+    with pytest.raises(RecipeError, match=message):
+        fw.Recipe.from_yaml(f"steps: [quantize.Static: {{target: {target}}}]").run(model, task_of(model))
 
 
 def test_one_sample_is_enough_and_said_to_be_few():
