@@ -145,7 +145,8 @@ class Compressed:
         """Export for every runtime that is here, and see what the files are worth: agreement, kernels, time, bytes.
 
         In each runtime the file is timed against the original in float32, and in bfloat16 where the processor and the
-        runtime have it, in turn. A file that is not faster gets a note that says so.
+        runtime have it, in turn. A file that is not faster gets a note that says so. A format that fails has a check of
+        no bytes with the reason in its notes, as long as another works.
 
         Args:
             original: the model before.
@@ -157,17 +158,23 @@ class Compressed:
         Returns:
             The checks, which the ledger holds from then on.
         Raises:
-            ExportError: a runtime that was asked for is missing, none is here, or a file does not answer as the model.
+            ExportError: no runtime is here, there is no such format, or every format failed.
         """
         names = available() if formats is None else tuple(formats)
         if not names:
             raise ExportError("there is no runtime to verify in: pip install 'featherweight[onnx]' or '[openvino]'")
-        checks = []
-        for name in names:
-            path = Path(folder) / file_name(name)
-            self.export(name, path, batches, evaluate=evaluate)
-            checks.append(measured(self.ledger.checks[-1], original, path, self.example, repeats))
-        self._add(checks=(*self.ledger.checks[: -len(checks)], *checks))
+        paths = {name: Path(folder) / file_name(name) for name in names}
+        earlier, checks, failed = self.ledger.checks, list[Check](), list[ExportError]()
+        for name, path in paths.items():
+            try:
+                check = self.export(name, path, batches, evaluate=evaluate)
+                checks.append(measured(check, original, path, self.example, repeats))
+            except ExportError as error:
+                failed.append(error)
+                checks.append(Check(name, path.name, 0, None, notes=(f"not verified: {error}",)))
+        self._add(checks=earlier if len(failed) == len(checks) else (*earlier, *checks))
+        if len(failed) == len(checks):
+            raise failed[0] if len(failed) == 1 else ExportError("no format works: " + "; ".join(map(str, failed)))
         return tuple(checks)
 
     def time(

@@ -22,6 +22,7 @@ _FLOAT = (
     "NhwcFusedConv", "Attention", "MultiHeadAttention",
 )  # fmt: skip
 _OPENVINO = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_FLOATS = ("f32", "bf16", "f16")  # what OpenVINO's kernels end in that multiply so
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,11 @@ def in_openvino(model: OpenVINOModel) -> Kernels:
     integer, left = 0, Counter[str]()
     for operation in model.compiled.get_runtime_model().get_ops():
         info = operation.get_rt_info()
-        said = {name: _said(info[name]) for name in ("layerType", "runtimePrecision") if name in info}
-        kind, precision = said.get("layerType", ""), said.get("runtimePrecision", "").lower()
+        names = ("layerType", "runtimePrecision", "primitiveType")
+        kind, precision, kernel = (_said(info[name]) if name in info else "" for name in names)
+        # Of a layer with compressed weights the precision is that of its weights, and only the kernel tells.
+        computed = kernel.rpartition("_")[2].lower()
+        precision = computed if computed in _FLOATS else precision.lower()
         if kind in _OPENVINO and precision in ("i8", "u8"):
             integer += 1
         elif kind in _OPENVINO:

@@ -88,17 +88,27 @@ class OpenVINOModel(FileModel):
         path: the .xml file, or an .onnx file.
         threads: of OpenVINO; by default as many as PyTorch uses.
         precision: ``"f32"``, or ``"bf16"`` for what OpenVINO does by default where the processor can.
+        rounds_inputs: whether OpenVINO may round what goes into Linear layers with compressed weights to 8 bits as it
+            runs, as it does by default where the processor can. No file asks for that.
 
     Raises:
         ExportError: OpenVINO is not installed or cannot run the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, precision: str = "f32") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        precision: str = "f32",
+        rounds_inputs: bool = False,
+    ) -> None:
         _need()
-        settings = {
+        settings: dict[str, str | int] = {
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
+            **({} if rounds_inputs else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}),
         }
         try:
             model = _core().read_model(os.fspath(path))

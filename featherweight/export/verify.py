@@ -20,7 +20,7 @@ from featherweight.batch import Inputs
 from featherweight.errors import ExportError, did_you_mean
 from featherweight.export import coreml, executorch, onnx, openvino, torch_export
 from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, warn_fixed
-from featherweight.export.quantized import is_quantized, marked
+from featherweight.export.quantized import Weight, is_quantized, marked
 from featherweight.forms import released
 from featherweight.ledger import Check
 
@@ -32,6 +32,7 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, tor
 # later layers carry on: such a file is judged by the energy of what it is off, and not by its worst number.
 LEAST_DB = 20.0
 MOST_DB = 200.0  # of answers that are equal
+NOT_ROUNDED = 1e-5  # by which answers may differ, of the largest, that are sums in float32 in another order
 HINTS = {
     "openvino": "; it sums convolutions' results without rounding them first: make the model with target='openvino'"
 }
@@ -50,6 +51,8 @@ class Format:
         fixed: why it takes batches of one size only; empty where it takes any.
         prepare: the model to capture, given the model and whether to compute in float16, and what else `write` takes;
             None where that is the model of ordinary tensors, cast, and nothing else.
+        as_it_runs: the file as its runtime runs it where it is not told to keep to what the file says; None where there
+            is no difference.
         runs_here: whether this system can have the runtime; None where all can. Where it cannot, `write` alone sees to
             it that the file holds the model, and its answers are not compared.
     """
@@ -61,6 +64,7 @@ class Format:
     opset: bool = False
     fixed: str = ""
     prepare: Callable[[nn.Module, bool], tuple[nn.Module, dict[str, Any]]] | None = None
+    as_it_runs: Callable[[Path], nn.Module] | None = None
     runs_here: Callable[[], bool] | None = None
 
     @property
@@ -71,7 +75,14 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(onnx.write, onnx.session, True, "onnxruntime", opset=True),
-    "openvino": Format(openvino.write, openvino.OpenVINOModel, True, "openvino", opset=True),
+    "openvino": Format(
+        openvino.write,
+        openvino.OpenVINOModel,
+        True,
+        "openvino",
+        opset=True,
+        as_it_runs=partial(openvino.OpenVINOModel, rounds_inputs=True),
+    ),
     "executorch": Format(executorch.write, executorch.ExecuTorchModel, True, "executorch", fixed=executorch.FIXED),
     "coreml": Format(
         coreml.write, coreml.CoreMLModel, False, "coreml", prepare=coreml.prepare, runs_here=coreml.runs_here
@@ -140,24 +151,30 @@ def export(
     made_up = [varied(inputs, size) for size in (1, inputs.batch_size + 2)]
 
     with draft(path) as file:
-        held = partial(check, model, format=format, path=file, tolerance=tolerance)
+
+        def held(answering: nn.Module, given: Sequence[Inputs]) -> Check:
+            found = check(model, answering, given, format=format, path=file, tolerance=tolerance)
+            if kind.as_it_runs is None or not any(isinstance(mark, Weight) for mark in settings["marks"].values()):
+                return replace(found, notes=notes)
+            return replace(found, notes=(*notes, *_otherwise(answering, kind.as_it_runs(file), inputs, kind.runtime)))
+
         program = capture(plain, inputs, dynamic_batch=dynamic_batch and not kind.fixed)
         notes = kind.write(program, file, **settings)
         if not kind.runs:
             return Check(format, file.name, _bytes(file), None, notes=notes)
         answering = kind.load(file)
         if not has_dynamic_batch(program):
-            found = replace(held(answering, [inputs, *same_size]), notes=notes)
+            found = held(answering, [inputs, *same_size])
             if dynamic_batch and kind.fixed:
                 warn_fixed(model, inputs, kind.fixed)
             return found
         try:
-            return replace(held(answering, [inputs, *real, *made_up]), notes=notes)
+            return held(answering, [inputs, *real, *made_up])
         except ExportError as error:
             kind.write(capture(plain, inputs, dynamic_batch=False), file, **settings)
             found = held(kind.load(file), [inputs, *same_size])
             warn_fixed(model, inputs, first_line(error))
-            return replace(found, notes=notes)
+            return found
 
 
 class Halved(nn.Module):
@@ -248,6 +265,21 @@ def check(
         noise = [a + b for a, (_, b) in zip(noise or [0.0] * len(here), here, strict=True)]
     ratios = tuple(decibels(s, n) for s, n in zip(signal, noise, strict=True))
     return Check(format, path.name, _bytes(path), worst, signal_to_noise_db=ratios, runtime=_format(format).runtime)
+
+
+def _otherwise(file: nn.Module, as_it_runs: nn.Module, inputs: Inputs, runtime: str) -> tuple[str, ...]:
+    """What a user should know where a runtime, left to itself, answers `inputs` otherwise than the file says."""
+    with torch.no_grad():
+        given, expected = inputs.into(as_it_runs), inputs.into(file)
+    if (found := difference(given, expected)) <= NOT_ROUNDED:
+        return ()
+    ratio = min((decibels(*pair) for pair in energies(given, expected)), default=MOST_DB)
+    note = (
+        f"left to itself, {runtime} rounds what goes into Linear layers with compressed weights to 8 bits, here off by "
+        f"{found:.2g} of the largest answer ({ratio:.0f} dB of signal to noise); checked, and measured, with "
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE=0, which keeps it in floating point"
+    )
+    return (note,)
 
 
 def _bytes(path: Path) -> int:

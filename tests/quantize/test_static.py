@@ -436,6 +436,41 @@ def test_verify_says_what_every_file_is_worth(tmp_path):
     assert "5 of 5" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.parametrize("step", [quantize.Weights(bits=8), quantize.Weights(bits=3), quantize.Ternary()], ids=str)
+def test_a_file_of_quantized_weights_is_judged_without_what_openvino_rounds_by_itself(step, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    x = torch.randn(64, 32)
+    small = fw.compress(model, step, task=fw.Task(x[:1], calibration=x.split(16), loss="mse"))
+    check = small.export("openvino", tmp_path / "m.xml")
+    assert check.difference < 1e-5
+    left = run(OpenVINOModel(tmp_path / "m.xml", rounds_inputs=True), x[:1])
+    off = float((left - run(small.model, x[:1])).abs().max() / run(small.model, x[:1]).abs().max())
+    said = [note for note in check.notes if "DYNAMIC_QUANTIZATION_GROUP_SIZE=0" in note]
+    assert len(said) == (off > 1e-4)  # processors without instructions for whole numbers round nothing
+    assert all(float(note.split("off by ")[1].split()[0]) == pytest.approx(off, rel=0.05) for note in said)
+    kernels = fused.in_openvino(OpenVINOModel(tmp_path / "m.xml"))
+    assert (kernels.integer, kernels.float) == (0, 3), str(kernels)
+
+
+def test_verify_lists_a_format_that_fails_beside_those_that_work(tmp_path, monkeypatch):
+    import importlib.util
+
+    model, small = residual.__wrapped__()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
+    works, fails = small.verify(model, tmp_path, formats=("onnx", "openvino"), repeats=1)
+    assert works.operations == 5
+    assert (fails.format, fails.bytes, fails.difference) == ("openvino", 0, None)
+    assert "pip install 'featherweight[openvino]'" in fails.notes[0]
+    assert small.ledger.checks == (works, fails)
+    small.report(tmp_path / "report.md")
+    assert "model.xml: not verified: OpenVINO is not installed" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ExportError, match="OpenVINO is not installed here"):
+        small.verify(model, tmp_path, formats=("openvino",))
+    assert small.ledger.checks == (works, fails)
+
+
 # Training -----------------------------------------------------------------------------------------------------------
 
 
