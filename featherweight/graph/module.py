@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from featherweight.batch import Inputs
 from featherweight.graph.rules.call import arguments, operation_of
@@ -28,10 +30,29 @@ class ModelGraph(fx.GraphModule):
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelGraph:
+        # Not as GraphModule has it, which looks for what the graph reads among the registered tensors: a confined one
+        # of the model itself is a property of the class that its parametrization derived.
+        own = type(self)
+        plain: Any = own.__bases__[0] if parametrize.is_parametrized(self) else own
+        copied: ModelGraph = plain.__new__(plain)
+        if plain is not own:
+            kept = {name: it for name, it in vars(own).items() if isinstance(it, property) or name == "__getstate__"}
+            copied.__class__ = type(own.__name__, (type(copied),), kept)
+        memo[id(self)] = copied
         with quiet():  # torch warns of what it does itself
-            copied: ModelGraph = cast(ModelGraph, super().__deepcopy__(memo))
-        copied.training = self.training
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            copied.graph = copied.__dict__["_graph"]
         return copied
+
+    def recompile(self) -> Any:
+        # In the class that a parametrization derived its own from: that is what stays when it is removed, and calls of
+        # GraphModule's never end in a class that was derived from a compiled one.
+        own = type(self)
+        if parametrize.is_parametrized(self):
+            self.__class__ = own.__bases__[0]
+        code = super().recompile()
+        self.__class__ = own
+        return code
 
     @property
     def training(self) -> bool:

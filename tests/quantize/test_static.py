@@ -14,6 +14,7 @@ import pytest
 import torch
 from networks import Residual, Transformer, make, task_of, train
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import featherweight as fw
 from featherweight import quantize
@@ -215,6 +216,38 @@ def test_infinite_activations_and_unseen_ranges_are_left_with_the_reason():
     assert any("infinite or NaN on the calibration data" in reason for reason in left.values())
     assert any(reason == "no calibration sample reached it" for reason in left.values())
     assert noise_db(run(small.model, x), run(model, x)) > 25
+
+
+class Rootless(nn.Module):
+    """A layer that is a function of the model's own weight, and dropout: → (samples, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.head = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(nn.functional.conv2d(x, self.kernel))
+        return self.head(nn.functional.dropout(x.mean((2, 3)), 0.5, self.training))
+
+
+@pytest.mark.parametrize("earlier", [(), (quantize.GPTQ(bits=8),)], ids=["alone", "weights first"])
+def test_a_weight_of_the_model_itself_is_rounded_like_any_other(earlier, tmp_path):
+    torch.manual_seed(0)
+    model, x = Rootless().eval(), torch.randn(64, 3, 8, 8)
+    task = fw.Task(x[:1], calibration=x.split(16), loss="mse")
+    small = fw.compress(model, *earlier, quantize.Static(), task=task)
+    assert small.ledger.steps[-1].left == {}
+    right = run(small.model, x)
+    assert noise_db(right, run(model, x)) > 30
+    again = copy.deepcopy(small.model)
+    assert torch.equal(run(again, x), right)
+    assert min(small.export("onnx", tmp_path / "m.onnx").signal_to_noise_db) > 40
+    small.save(tmp_path / "m.fw")
+    assert torch.equal(run(fw.load(tmp_path / "m.fw", into=Rootless()).model, x), right)
+    assert not torch.equal(again.train()(x), right)  # dropout
+    parametrize.remove_parametrizations(again, "kernel")
+    assert not torch.equal(again(x), right), "it still trains"
+    assert torch.equal(run(again, x), right)
 
 
 def test_weights_of_an_earlier_step_keep_their_grid():
