@@ -195,6 +195,7 @@ class _Emitter:
             self._bias(node)
         for node in list(self.graph):
             self._redundant(node)
+            self._in_float(node)
         for value in list(self.constants):  # to which narrower ones are added
             self._narrow(value)
         self._unused()
@@ -346,6 +347,19 @@ class _Emitter:
             if reach[0] < low - 1e-6 * float(scale) or reach[1] > high + 1e-3 * float(scale):
                 return
         self._replace(node, node.inputs[0])
+
+    def _in_float(self, node: Any) -> None:
+        """Keep ONNX Runtime from rounding float weights to 8 bits with one scale, as it does behind DequantizeLinear.
+
+        Its optimizer (``weight_bias_quantization.cc``) does not look behind a maximum, here of one value: the value.
+        """
+        if self.portable or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            return
+        before, weight = (value.producer() for value in node.inputs[:2])
+        if before is None or before.op_type != "DequantizeLinear" or not _constant(node.inputs[1]):
+            return
+        if weight is None or weight.op_type != "DequantizeLinear":
+            node.replace_input_with(0, self._add(node, "Max", [node.inputs[0]]).outputs[0])
 
     # Weights --------------------------------------------------------------------------------------------------------
 
@@ -583,6 +597,14 @@ def _from_whole(value: Any, *by: str) -> bool:
         return False
     source = made.inputs[0].producer()
     return source is not None and source.op_type in (by or ("QuantizeLinear", "DynamicQuantizeLinear"))
+
+
+def _constant(value: Any) -> bool:
+    """Whether a runtime can work a value out as it loads the file."""
+    made = value.producer()
+    if made is None:
+        return value.const_value is not None
+    return all(each is None or _constant(each) for each in made.inputs)
 
 
 def _reads_whole(node: Any) -> bool:

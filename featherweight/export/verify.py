@@ -31,6 +31,7 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, tor
 # Where activations are rounded, a rounding of one runtime's sum may tip a number to the next step of its grid, which
 # later layers carry on: such a file is judged by the energy of what it is off, and not by its worst number.
 LEAST_DB = 20.0
+USUAL_DB = 40.0  # and less is worth a note
 MOST_DB = 200.0  # of answers that are equal
 NOT_ROUNDED = 1e-5  # by which answers may differ, of the largest, that are sums in float32 in another order
 HINTS = {
@@ -154,9 +155,14 @@ def export(
 
         def held(answering: nn.Module, given: Sequence[Inputs]) -> Check:
             found = check(model, answering, given, format=format, path=file, tolerance=tolerance)
-            if kind.as_it_runs is None or not any(isinstance(mark, Weight) for mark in settings["marks"].values()):
-                return replace(found, notes=notes)
-            return replace(found, notes=(*notes, *_otherwise(answering, kind.as_it_runs(file), inputs, kind.runtime)))
+            more: tuple[str, ...] = ()
+            if is_quantized(model) and (ratio := min(found.signal_to_noise_db, default=MOST_DB)) < USUAL_DB:
+                more = (
+                    f"only {ratio:.0f} dB of signal to noise from the model's answers, where {USUAL_DB:g} are usual",
+                )
+            if kind.as_it_runs is not None and any(isinstance(mark, Weight) for mark in settings["marks"].values()):
+                more += _otherwise(answering, kind.as_it_runs(file), inputs, kind.runtime)
+            return replace(found, notes=(*notes, *more))
 
         program = capture(plain, inputs, dynamic_batch=dynamic_batch and not kind.fixed)
         notes = kind.write(program, file, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrize
 import featherweight as fw
 from featherweight import quantize
 from featherweight.errors import ExportError, RecipeError, TaskError
-from featherweight.export import fused
+from featherweight.export import fused, verify
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
 from featherweight.forms import Gridded, Rounded
@@ -350,6 +351,46 @@ def test_relu6_depthwise_shared_layers_and_two_inputs(target, tmp_path):
     if target == "onnxruntime-x86":
         kernels = fused.in_onnxruntime(tmp_path / "m.onnx")
         assert kernels.float == 0, str(kernels)
+
+
+class Uneven(nn.Module):
+    """A depthwise convolution whose channels differ a hundredfold, and a Linear layer likewise: → (samples, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depth, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Linear(16, 10)
+        with torch.no_grad():
+            spread = torch.logspace(-2, 0, 16)
+            self.stem.weight.mul_(spread.view(-1, 1, 1, 1))
+            self.stem.bias.mul_(spread)
+            self.depth.weight.mul_(spread.flip(0).view(-1, 1, 1, 1))
+            self.head.weight.mul_(100 * spread.flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.depth(torch.relu(self.stem(x)))).mean((2, 3)))
+
+
+UNEVEN = {
+    "16 bits": (quantize.Static(bits=16),),
+    "groups": (quantize.Weights(bits=8, group=3, effort="nearest", ignore=("head",)), quantize.Static()),
+}
+
+
+@pytest.mark.parametrize("steps", UNEVEN.values(), ids=UNEVEN)
+def test_weights_that_are_no_bytes_are_computed_with_in_float32(steps, tmp_path):
+    torch.manual_seed(0)
+    model, x = Uneven().eval(), torch.randn(64, 3, 16, 16)
+    small = fw.compress(model, *steps, task=fw.Task(x[:1], calibration=x.split(16), loss="mse"))
+    check = small.export("onnx", tmp_path / "m.onnx", [x])
+    assert min(check.signal_to_noise_db) > 80
+    assert not [note for note in check.notes if "signal to noise" in note]
+
+
+def test_answers_far_from_the_simulations_are_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "USUAL_DB", 190.0)
+    _, small = residual.__wrapped__()
+    check = small.export("onnx", tmp_path / "m.onnx")
+    assert re.search(r"only \d+ dB of signal to noise from the model's answers, where 190 are usual", check.notes[-1])
 
 
 def test_products_of_attention_run_on_whole_numbers(tmp_path):
