@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,9 @@ _VIEWS = """
 slice select view reshape transpose permute narrow unsqueeze squeeze expand split split_with_sizes chunk
 unbind getitem t alias detach flatten unflatten movedim contiguous diagonal swapaxes view_as expand_as
 """
+
+# Operations that leave out a part of what they are given.
+_CROPS = "slice narrow select split split_with_sizes chunk tensor_split getitem index_select"
 
 # Operations that say something of a tensor and give none.
 _SILENT = "_assert_tensor_metadata sym_size _assert_scalar sym_constrain_range_for_size switch_gradients"
@@ -53,6 +57,7 @@ def analyse(trace: Trace) -> Analysis:
     for node in trace.graph.graph.nodes:
         analysis.values[node] = _STEPS[node.op](analysis, node) if node.op in _STEPS else None
     _keep_what_weights_depend_on(analysis)
+    _keep_unread(analysis)
     _keep_something(analysis)
     return analysis
 
@@ -88,6 +93,54 @@ def _weights(node: fx.Node) -> list[fx.Node]:
     if operation_of(node) == "matmul":
         found.append(given["other"])
     return [n for n in found if isinstance(n, fx.Node)]
+
+
+def _keep_unread(analysis: Analysis) -> None:
+    """Fix slices of tensors that the example's run leaves out: inputs of another length may read them.
+
+    Such are the rows of a table of positions beyond the example's length: that they are not read says nothing of them.
+    """
+    graph, labels = analysis.trace.graph.graph, analysis.labels
+    held: dict[int, npt.NDArray[np.int64]] = {}
+
+    def labels_of(value: Value) -> npt.NDArray[np.int64]:
+        for axis in (axes := _axes_in(value)):
+            if id(axis.rows) not in held:
+                held[id(axis.rows)] = np.unique(labels.resolve(axis.rows))
+        return np.unique(np.concatenate([np.zeros(1, np.int64), *(held[id(axis.rows)] for axis in axes)]))
+
+    def crops(node: fx.Node) -> bool:
+        return node.op == "call_function" and operation_of(node) in _CROPS.split()
+
+    cropped = np.zeros(len(labels), bool)  # left out somewhere; of all others there is nothing to find out
+    for node in graph.nodes:
+        if crops(node) and isinstance(source := node.args[0], fx.Node):
+            cropped[np.setdiff1d(labels_of(analysis.values[source]), labels_of(analysis.values[node]))] = True
+    cropped[0] = False
+    if not cropped.any():
+        return
+    read: dict[fx.Node, set[int]] = {}
+    for node in reversed(graph.nodes):
+        here = labels_of(analysis.values[node])
+        passed_on = set(here[cropped[here]].tolist())
+        silent = node.op == "call_function" and operation_of(node) in _SILENT.split()
+        for source in () if silent else node.all_input_nodes:
+            there = labels_of(analysis.values[source])
+            of_source = set(there[cropped[there]].tolist())
+            through = of_source & read.get(node, set())
+            if node.op == "call_function" and in_place(node):  # whoever reads the target reads what was written
+                through = of_source
+            elif not crops(node):
+                through |= of_source - passed_on
+            read.setdefault(source, set()).update(through)
+    used: dict[str, set[int]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and (name := analysis.trace.names.get(str(node.target))) in analysis.tensors:
+            used.setdefault(name, set()).update(read.get(node, ()))
+    for name, found in used.items():
+        here = labels_of(analysis.tensors[name])
+        if unread := sorted(set(here[cropped[here]].tolist()) - found):
+            labels.fix(np.array(unread)[:, None], Reason("the example's run reads no more than a part of it"))
 
 
 def _keep_something(analysis: Analysis) -> None:

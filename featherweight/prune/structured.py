@@ -45,7 +45,7 @@ from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
 from featherweight.progress import track
 from featherweight.prune import schedules, scores
-from featherweight.prune.units import bills, columns, joint, members, reader, slices
+from featherweight.prune.units import bills, columns, joint, members, reader, slices, telling
 from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import rounded_up
@@ -88,8 +88,6 @@ CURVE_POINTS = 40
 NAMED = 5
 # Of a group's units, how many removals there are between two looks at which unit is missed least.
 AT_ONCE = 64
-# The roles of slices that scores of magnitude look at.
-WEIGHTS = ("producer", "consumer")
 
 
 @dataclass(frozen=True)
@@ -359,6 +357,9 @@ class _Work:
         if group.name in self.failed:
             self.left.update(dict.fromkeys(self._makers(group), self.failed[group.name]))
             return False
+        if not telling(self.coupling, group):
+            self.left[group.sites[0].tensor] = "no numbers say what its units are worth"
+            return False
         ignored = {name for name in self._makers(group) if matches(name, self.step.ignore)}
         for name in self._makers(group) if ignored else ():
             goes_with = f"it goes with {min(ignored)}, which is ignored"
@@ -372,7 +373,7 @@ class _Work:
     def _layer(self, site: Site) -> str:
         """The layer that a site is in; of the parts of a replaced layer, that layer."""
         wholes = [name for name in self.layers if site.layer.startswith(f"{name}.")]
-        return wholes[0] if wholes and site.layer not in self.layers else site.layer
+        return wholes[0] if wholes and site.layer not in self.layers else site.layer or site.tensor
 
     def whole(self, kept: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """Layers that could have lost outputs and lost none, with the reason."""
@@ -593,15 +594,16 @@ class _Work:
             case "random":
                 return scores.random(group.size, self.study.seed)
             case "l1":
-                return scores.l1(members(self.coupling, group, WEIGHTS))
+                return scores.l1(members(self.coupling, group, telling(self.coupling, group)))
             case "input_l2":
-                if read := members(self.coupling, group, ("consumer",)):
-                    return scores.l2(read).square()
+                told = telling(self.coupling, group)
+                if read := [site for site in told if site.role == "consumer"]:
+                    return scores.l2(members(self.coupling, group, read)).square()
                 self.unscored.setdefault("no weight reads their units", []).append(group.name)
             case "taylor" | "fisher" | "hessian":
                 return self.by_gradient[group.name]
             case "geometric_median":
-                return scores.geometric_median(members(self.coupling, group, WEIGHTS))
+                return scores.geometric_median(members(self.coupling, group, telling(self.coupling, group)))
             case "batch_norm":
                 tensors, modules = self.coupling.analysis.trace.tensors, dict(self.study.original.named_modules())
                 norms = [
@@ -622,7 +624,7 @@ class _Work:
             case "loss" | "lasso" | "activation":
                 why = "there are no statistics of what reads them"
                 self.unscored.setdefault(why, []).append(group.name)
-        return scores.l2(members(self.coupling, group, WEIGHTS))
+        return scores.l2(members(self.coupling, group, telling(self.coupling, group)))
 
     @cached_property
     def by_gradient(self) -> dict[str, Tensor]:
@@ -631,7 +633,7 @@ class _Work:
         model = copy.deepcopy(study.original).requires_grad_(True)
         tensors = self.coupling.analysis.trace.tensors
         weights = {n: p for n, p in model.named_parameters() if n in tensors}
-        sites = {g.name: [s for s in g.sites if s.role in WEIGHTS and s.tensor in weights] for g in self.groups}
+        sites = {g.name: [s for s in telling(self.coupling, g) if s.tensor in weights] for g in self.groups}
         probe, generator = study.probe(), torch.Generator().manual_seed(study.seed)
         total = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in self.groups}
         limit = self.step.samples if kind == "taylor" else min(GRADIENT_SAMPLES, self.step.samples)
@@ -681,7 +683,7 @@ class _Work:
         step, task = self.step, self.study.task
         kind, weight = step.penalty, step.penalty_weight
         scales = [m.weight for m in model.modules() if isinstance(m, _BatchNorm) and m.weight is not None]
-        if not self.groups or (kind == "slimming" and not scales):
+        if not any(group.producers() for group in self.groups) or (kind == "slimming" and not scales):
             what = "batch norms with scales" if kind == "slimming" else "units that could go"
             raise RecipeError([f"{step.name}: the model has no {what} to put a penalty on"])
         going: dict[str, Tensor] = {}
@@ -741,7 +743,7 @@ class _Work:
                     self._refit(name, model, lockstep, outputs, beside)
             sites = [site for group in self.groups if group.name in kept for site in group.consumers()]
             beside.close()
-            if others := sorted({site.layer for site in sites} - set(narrowed)):
+            if others := sorted({site.layer or site.tensor for site in sites} - set(narrowed)):
                 study.notes.append(
                     "not refitted, though what they read was narrowed, as they are no Linear or Conv layers "
                     f"with weights of their own that the example calls: {_some(others)}"

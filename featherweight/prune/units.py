@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,16 @@ def joint(model: nn.Module, group: Group) -> list[Tensor]:
     return found
 
 
-def members(coupling: Coupling, group: Group, roles: Collection[str]) -> list[Tensor]:
-    """All slices of a group at sites of these roles, as `slices` gives them."""
+def telling(coupling: Coupling, group: Group) -> list[Site]:
+    """The sites whose numbers say what units are worth: weights that make or read them, or whatever holds them."""
     tensors = coupling.analysis.trace.tensors
-    sites = [site for site in group.sites if site.role in roles and tensors[site.tensor].is_floating_point()]
+    sites = [site for site in group.sites if tensors[site.tensor].is_floating_point()]
+    return [site for site in sites if site.role != "carried"] or sites
+
+
+def members(coupling: Coupling, group: Group, sites: Sequence[Site]) -> list[Tensor]:
+    """All slices of a group at these sites, as `slices` gives them."""
+    tensors = coupling.analysis.trace.tensors
     return [matrix for site in sites for matrix in slices(tensors[site.tensor], site, group.size)]
 
 

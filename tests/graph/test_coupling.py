@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from constructs import CONSTRUCTS, IMAGE, Net, conv, example, head
+from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, conv, example, head, masked, randomised, some
 from torch import nn
 
-from featherweight.graph import GraphError, couple
+from featherweight.graph import GraphError, couple, narrow
 
 
 def coupled(name: str):
@@ -132,3 +132,59 @@ def test_layers_that_nothing_uses_are_left_out():
     assert {site.layer for group in coupling.groups for site in group.sites} == {"a.0", "a.1", "fc"}
     assert not any(name.startswith("unused") for name, _ in coupling.frozen)
     assert torch.is_tensor(model.unused.weight)
+
+
+def masked_attention(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Positions, rotation and mask are tables for longer inputs than the example."""
+    t = x.shape[1]
+    x = self.embed(x) + self.position[:, :t] + self.by_layer(self.grid)[:t]
+    q, k = self.q(x) * self.cos[:t], self.k(x) * self.cos[:t]
+    scores = (q @ k.transpose(1, 2)).masked_fill(self.tril[:t, :t] == 0, float("-inf"))
+    return self.head((scores.softmax(-1) @ self.v(x))[:, 0])
+
+
+def test_rows_of_tables_that_the_example_does_not_reach_stay():
+    parts = {
+        name: nn.Linear(*sizes)
+        for name, sizes in {
+            "embed": (10, 8), "by_layer": (4, 8), "q": (8, 6), "k": (8, 6), "v": (8, 6), "head": (6, 3)
+        }.items()
+    }  # fmt: skip
+    tables = {"grid": nn.Buffer(torch.randn(32, 4)), "cos": nn.Buffer(torch.randn(32, 6))}
+    tril, position = nn.Buffer(torch.ones(32, 32).tril()), nn.Parameter(torch.randn(1, 32, 8))
+    model = randomised(Net(masked_attention, **parts, **tables, tril=tril, position=position))
+    inputs = example(TOKENS)
+    coupling = couple(model, inputs)
+    made = {site.tensor for group in coupling.groups for site in group.producers()}
+    assert made == {f"{name}.weight" for name in ("embed", "by_layer", "q", "k", "v")}
+    narrowed = narrow(model, coupling, some(coupling)).module
+    shapes = {name: tuple(getattr(narrowed, name).shape) for name in ("position", "grid", "cos", "tril")}
+    assert shapes == {"position": (1, 32, 4), "grid": (32, 2), "cos": (32, 3), "tril": (32, 32)}
+    longer = example((2, 16, 10), seed=1)  # 10 positions more than the example has
+    reference = masked(model, narrow(model, coupling, some(coupling)).narrowing)
+    assert torch.allclose(narrowed(*longer.args), reference(*longer.args), rtol=1e-9, atol=1e-10)
+
+
+def test_channels_that_a_slice_leaves_to_nobody_stay_with_the_reason():
+    model = Net(lambda s, x: head(s, s.a(x)[:, :8]), a=conv(3, 12), fc=nn.Linear(8, 3))
+    coupling = couple(model, example(IMAGE))
+    assert coupling.group("a.0 channels").size == 8
+    model = Net(lambda s, x: s.fc(s.table[2:8].sum() + x.mean((2, 3))), table=nn.Buffer(torch.randn(12)),
+        fc=nn.Linear(3, 3))  # fmt: skip
+    coupling = couple(model, example(IMAGE))
+    assert coupling.group("table features").size == 6
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: torch.einsum("bto,oc->btc", torch.einsum("bti,io->bto", x, s.one).relu(), s.two).mean(1),
+        lambda s, x: torch.bmm(torch.bmm(x, s.one.expand(2, -1, -1)).relu(), s.two.expand(2, -1, -1)).mean(1),
+        lambda s, x: (x @ s.one).relu().matmul(s.two).mean(1),
+    ],
+    ids=["einsum", "bmm", "matmul"],
+)
+def test_bare_weights_of_products_make_and_read_units(forward):
+    model = Net(forward, one=nn.Parameter(torch.randn(10, 8)), two=nn.Parameter(torch.randn(8, 3)))
+    (group,) = couple(model, example(TOKENS)).groups
+    assert {(site.tensor, site.dim) for site in group.sites} == {("one", 1), ("two", 0)}

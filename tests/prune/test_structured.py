@@ -821,3 +821,39 @@ def test_reports_say_what_was_narrowed(kind, tmp_path):
         assert kind.__name__ in text
         assert "hidden neurons" in text
     assert "prune.Channels" in str(compressed)
+
+
+class Experts(nn.Module):
+    """Weights that no layer holds, in products of all kinds, and a table of positions: (samples, 6, 10) → 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.route, self.head = nn.Linear(10, 12), nn.Linear(12, 2), nn.Linear(12, 3)
+        self.position = nn.Parameter(torch.randn(1, 32, 12))
+        self.into, self.out_of = nn.Parameter(torch.randn(2, 12, 8)), nn.Parameter(torch.randn(2, 8, 12))
+        self.one, self.two = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(8, 12))
+        self.scale, self.size = nn.Parameter(torch.rand(12, 6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position[:, : x.shape[1]]
+        hidden = torch.einsum("bti,eif->ebtf", x, self.into).relu()
+        made = torch.einsum("ebtf,efo,bte->bto", hidden, self.out_of, self.route(x).softmax(-1))
+        tokens = x.flatten(0, 1)
+        x = x + made + torch.mm(torch.mm(tokens, self.one).relu(), self.two).view(x.shape)
+        return self.head(x * (self.scale * self.size).sum(1)).mean(1)
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return torch.randn(samples, 6, 10, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_units_of_weights_that_no_layer_holds_are_scored_and_go(score):
+    model = make(Experts)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5, score=score), task=task_of(model))
+    shapes = {name: tuple(p.shape) for name, p in compressed.model.named_parameters()}
+    assert shapes["into"] == (2, 6, 4)
+    assert shapes["two"] == (4, 6)
+    assert shapes["scale"] == (6, 3)
+    assert shapes["position"] == (1, 32, 6)
+    assert compressed.model(Experts.data(2).repeat(1, 2, 1)).shape == (2, 3)

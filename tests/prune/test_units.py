@@ -13,7 +13,7 @@ from featherweight.batch import as_inputs
 from featherweight.cost.count import profile
 from featherweight.graph import Coupling, Group, Site, couple, narrow
 from featherweight.prune import Channels
-from featherweight.prune.units import bills, columns, members, reader, slices
+from featherweight.prune.units import bills, columns, members, reader, slices, telling
 
 METRICS = ("macs", "params", "bytes")
 
@@ -88,11 +88,11 @@ def test_units_without_as_many_slices_have_zeros_in_their_place():
 def test_members_have_the_energy_of_all_slices(branches):
     model, coupling = branches
     group = coupling.group("left channels")
-    found = members(coupling, group, ("producer", "consumer"))
+    found = members(coupling, group, telling(coupling, group))
     energy = torch.stack([matrix.square().sum(1) for matrix in found]).sum(0)
     reads = model.first.weight.detach()[:, :16].reshape(7, 4, 4).square().sum((0, 2))
     assert torch.allclose(energy, model.left.weight.detach().square().sum((1, 2, 3)) + reads)
-    (biases,) = members(coupling, group, ("carried",))
+    (biases,) = members(coupling, group, [site for site in group.sites if site.role == "carried"])
     assert torch.equal(biases[:, 0], model.left.bias.detach())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from featherweight.graph.rules.call import Axes, Axis, Call, Unsupported, Value, rule
 
 
@@ -24,15 +26,15 @@ def linear(call: Call) -> Value:
 @rule("matmul", "mm", "bmm")
 def matmul(call: Call) -> Value:
     """A product of matrices, stacks of them or vectors: the inner dimensions meet."""
-    x, y = call.axes("self"), call.axes("other" if call.operation == "matmul" else "mat2")
-    return _product(call, x, y)
+    other = "other" if call.operation == "matmul" else "mat2"
+    return _product(call, call.axes("self"), call.axes(other), call[other])
 
 
 @rule("addmm", "baddbmm")
 def added_product(call: Call) -> Value:
     """A product of matrices with something added: what is added meets the outer dimensions."""
     names = ("mat1", "mat2") if call.operation == "addmm" else ("batch1", "batch2")
-    product = _product(call, call.axes(names[0]), call.axes(names[1]))
+    product = _product(call, call.axes(names[0]), call.axes(names[1]), call[names[1]])
     aligned = call.broadcast([product, call.axes("self")])
     return tuple(
         axis.keeping(here[1] is not None and here[1].zero) for axis, here in zip(product, aligned, strict=True)
@@ -81,6 +83,13 @@ def einsum(call: Call) -> Value:
                 raise Unsupported("einsum that stretches a dimension")
             met[letter] = call.join(met[letter], axis) if letter in met else axis
             zero[letter] = zero.get(letter, False) or axis.zero
+    for operand, term in zip(call["tensors"], letters, strict=True):
+        if call.constant(operand) is not None:
+            for letter, axis in zip(term, call.axes(operand), strict=True):
+                if letter not in output:
+                    call.role(axis, "consumer", "neurons")
+                elif inputs.count(letter) == 1:
+                    call.role(axis, "producer", "neurons")
     for letter, axis in met.items():
         if letter not in output:
             call.sums(axis)
@@ -131,7 +140,7 @@ def contract(call: Call, one: Axis, other: Axis) -> None:
         call.fix([one], "a sum over slices that are not zero where their weights are")
 
 
-def _product(call: Call, x: Axes, y: Axes) -> Axes:
+def _product(call: Call, x: Axes, y: Axes, weight: object) -> Axes:
     if len(x) == 1 or len(y) == 1:
         if len(x) == len(y) == 1:
             contract(call, x[0], y[0])
@@ -142,9 +151,9 @@ def _product(call: Call, x: Axes, y: Axes) -> Axes:
         contract(call, x[0], y[-2])
         return (*y[:-2], y[-1])
     contract(call, x[-1], y[-2])
-    if len(y) == 2:
-        call.role(y[0], "consumer", "neurons")
-        call.role(y[1], "producer", "neurons")
+    if len(y) == 2 or (isinstance(weight, fx.Node) and call.constant(weight) is not None):
+        call.role(y[-2], "consumer", "neurons")
+        call.role(y[-1], "producer", "neurons")
     lead = call.broadcast([x[:-2], y[:-2]], call.shape[:-2])
     made = []
     for d, here in enumerate(lead):
