@@ -6,6 +6,7 @@ user's code and the module it comes from, and parameters keep their names.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import warnings
@@ -67,7 +68,7 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic_batch: bool = True) -> 
     Raises:
         GraphError: torch.export cannot follow the model.
     """
-    inputs = inputs.on(model)
+    inputs = _as_declared(model, inputs.on(model))
     note = "as asked" if not dynamic_batch else "no input has a batch dimension"
     program = None
     with batch.mode(model, training=False), quiet():
@@ -122,6 +123,16 @@ def size(value: Any) -> int:
             raise GraphError(f"the length {value} depends on the values that go in")
         return int(hint)
     return int(value)
+
+
+def _as_declared(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Keyword arguments in the order of the model's own `forward`: a graph takes them in the order given."""
+    try:
+        declared = list(inspect.signature(model.forward).parameters)
+    except ValueError:  # of scripted models, which the capture itself refuses
+        return inputs
+    known = {name: inputs.kwargs[name] for name in declared if name in inputs.kwargs}
+    return Inputs(inputs.args, {**known, **inputs.kwargs})
 
 
 def _dynamic(model: nn.Module, inputs: Inputs) -> ExportedProgram:

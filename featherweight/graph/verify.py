@@ -145,7 +145,7 @@ def _real(tensors: Iterable[Tensor]) -> list[Tensor]:
 def masked_answers(coupling: Coupling, lost: Mask, inputs: Inputs, *, double: bool) -> list[Tensor]:
     """What the original answers with the lost slices set to zero."""
     graph = coupling.analysis.trace.graph
-    flat = graph.graph._codegen.process_inputs(*inputs.args, **inputs.kwargs)
+    flat = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))  # in the order that the graph was captured with
     with torch.no_grad(), batch.plain_attention():
         made = Masked(coupling, lost, double=double).run(*flat, enable_io_processing=False)
     made = graph.graph._codegen.process_outputs(made)

@@ -68,6 +68,31 @@ class Wider(nn.Module):
         return Wide.data(samples)
 
 
+class Pair(nn.Module):
+    """Two inputs by name, as a dict gives them: (samples, 6) and (samples, 6) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 24), nn.Linear(6, 24)
+        self.hidden, self.head = nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        x = torch.relu(self.left(left) - 2 * self.right(right))
+        return self.head(torch.relu(self.hidden(x)))
+
+    @staticmethod
+    def data(samples: int) -> dict[str, Tensor]:
+        both = torch.randn(2, samples, 6, generator=torch.Generator().manual_seed(5))
+        return {"right": both[0], "left": both[1], "labels": torch.zeros(samples)}
+
+
+class WrittenPair(Pair):
+    """The same with its width written into the forward: only a captured graph can be narrower."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().forward(left, right - 0 * self.left(left).view(-1, 24).mean(1, keepdim=True))
+
+
 class Unread:
     """Calibration batches of which only the first may be looked at, for its type and shape."""
 
@@ -677,6 +702,27 @@ def test_a_width_in_the_code_makes_a_graph_which_says_why_and_is_refitted(tmp_pa
 
 
 # Run, kept, written
+
+
+@pytest.mark.parametrize("kind", [Pair, WrittenPair], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("step", [prune.Channels, prune.Neurons])
+@pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "no data"])
+def test_inputs_that_are_dicts(kind, step, calibrated, tmp_path):
+    model, data = make(kind), kind.data(64)
+    example = {name: data[name][:1] for name in ("right", "left")}
+    batches = [{name: tensor[i : i + 16] for name, tensor in data.items()} for i in range(0, 64, 16)]
+    task = fw.Task(example, calibration=batches if calibrated else ())
+    compressed = fw.compress(model, step(budget=fw.Budget(macs=0.6)), task=task)
+    assert isinstance(compressed.model, kind) == (kind is Pair)
+    assert compressed.model.left.weight.shape[0] < 24
+    compressed.save(tmp_path / "pair.fw")
+    loaded = fw.load(tmp_path / "pair.fw", into=make(kind, seed=1)).model
+    left, right = data["left"], data["right"]
+    with torch.no_grad():
+        answer = compressed.model(right=right, left=left)
+        assert torch.equal(loaded(left=left, right=right), answer)
+        assert torch.equal(compressed.model(left, right), answer), "positions are those of the model's own forward"
+        assert float((answer - model(left, right)).norm() / answer.norm()) < (0.7 if calibrated else 1.5)
 
 
 @pytest.mark.parametrize("kind", [Wide, Written], ids=lambda kind: kind.__name__)
