@@ -11,8 +11,9 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from torch.utils import _pytree as pytree
 from featherweight import batch
 from featherweight.batch import Inputs
 from featherweight.errors import FeatherweightError
+
+# What torch.export says where a length that may be any became a number.
+_FIXED = re.compile(r"specialized it to be a constant")
 
 
 class GraphError(FeatherweightError):
@@ -74,9 +78,12 @@ def capture(model: nn.Module, inputs: Inputs, *, dynamic_batch: bool = True) -> 
     with batch.mode(model, training=False), quiet():
         if dynamic_batch and any(t.ndim for t in inputs.tensors()):
             try:
-                program, note = _dynamic(model, inputs), ""
+                program, note = _dynamic(model, inputs, strict=False), ""
             except Exception as error:  # the tracer and the model's own code may raise anything
                 note = _reason(error)
+                if _FIXED.search(str(error)):  # as by len(x), which is symbolic only where the bytecode is followed
+                    with suppress(Exception):
+                        program, note = _dynamic(model, inputs, strict=True), ""
         dynamic = program is not None
         if program is None:
             try:
@@ -135,7 +142,7 @@ def _as_declared(model: nn.Module, inputs: Inputs) -> Inputs:
     return Inputs(inputs.args, {**known, **inputs.kwargs})
 
 
-def _dynamic(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+def _dynamic(model: nn.Module, inputs: Inputs, *, strict: bool) -> ExportedProgram:
     length = inputs.batch_size
 
     def repeated(value: Any) -> Any:
@@ -151,7 +158,7 @@ def _dynamic(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     for tensor in batch.tensors_in((args, kwargs)):
         if tensor.ndim and tensor.shape[0] == length:
             shapes[tensor] = {0: torch.export.Dim("batch")}
-    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
+    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)  # type: ignore[arg-type]
 
 
 def _module_of(program: ExportedProgram) -> fx.GraphModule:
@@ -216,8 +223,8 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    if fixed := re.search(r"specialized it to be a constant \((\d+)\)", str(error)):
-        return f"its code fixes a length of {fixed[1]}"
+    if _FIXED.search(str(error)):
+        return "its code makes a fixed number of the batch's length"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]
 
@@ -252,16 +259,22 @@ def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out what torch warns of and logs during every capture, where nobody can act on it."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-
-    def worth_reading(record: logging.LogRecord) -> bool:
-        return "failed while attempting to run meta" not in record.getMessage()
-
-    logger.addFilter(worth_reading)
+    said = {
+        "torch._subclasses.fake_tensor": "failed while attempting to run meta",
+        "torch._guards": "",  # every attempt that fails, which is noted
+    }
+    filters = [(logging.getLogger(name), partial(_other_than, part)) for name, part in said.items()]
+    for logger, wanted in filters:
+        logger.addFilter(wanted)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"The tensor attributes? .* (was|were) assigned during export", UserWarning)
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         try:
             yield
         finally:
-            logger.removeFilter(worth_reading)
+            for logger, wanted in filters:
+                logger.removeFilter(wanted)
+
+
+def _other_than(part: str, record: logging.LogRecord) -> bool:
+    return part not in record.getMessage()

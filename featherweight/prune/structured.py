@@ -39,7 +39,7 @@ from featherweight.curvature.solve import damp, least_squares
 from featherweight.edits import Edit, Leave, Narrow
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Layer, is_layer
-from featherweight.graph import Behind, Group, Narrowed, Site, Unfaithful, behind, couple, narrow
+from featherweight.graph import Behind, Group, ModelGraph, Narrowed, Site, Unfaithful, behind, couple, narrow
 from featherweight.layers import PerLayer, for_layer, matches, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
@@ -263,6 +263,7 @@ class Structured(Step):
             left = stays if left is None else {name: reason for name, reason in stays.items() if name in left}
             if made is None:
                 continue
+            work.check_batches(made.module)
             edit = Narrow(made.narrowing)
             if self.budget is None or self.budget.drop is None:
                 yield edit
@@ -279,6 +280,8 @@ class Structured(Step):
             note = "the model's own class was kept"
             if made.narrowing.form == "graph":
                 note = f"the narrowed model is a captured graph, no longer of its own class: {made.narrowing.why}"
+                if not (trace := work.coupling.analysis.trace).dynamic:
+                    note += f". It takes only batches of {trace.inputs.batch_size}, the example's: {trace.note}"
             if note not in study.notes:
                 study.notes.append(note)
         yield from (Leave(name, reason) for name, reason in (left or {}).items())
@@ -455,11 +458,29 @@ class _Work:
         """How far the answers are from the original's with these widths, the layers refitted."""
         kept = {group.name: self._kept(group, widths[group.name]) for group in self._narrowed(widths)}
         trial = narrow(self.study.original, self.coupling, kept, check=False).module
+        self.check_batches(trial)
         said = len(self.study.notes)
         self.mend(trial, kept)
         self._mended[_key(kept)] = trial.state_dict(), self.study.notes[said:]
         del self.study.notes[said:]
         return Divergence(self.study.original, self.study.task, self.step.samples)(trial)
+
+    def check_batches(self, narrowed: nn.Module) -> None:
+        """Raises:
+        RecipeError: the narrowed model is a graph that takes one length of batch, and calibration has others.
+        """
+        trace, task = self.coupling.analysis.trace, self.study.task
+        if trace.dynamic or not isinstance(narrowed, ModelGraph):
+            return
+        takes = trace.inputs.batch_size
+        others = {b.batch_size for b in task.batches(narrowed, self.step.samples)} - {takes}
+        if others:
+            problem = (
+                f"{self.step.name}: narrowed, the model is a captured graph that takes only batches of {takes}, as the "
+                f"example is, since {trace.note}; calibration has batches of {max(others)}: give batches and an "
+                "example of one length, or write that code for any length"
+            )
+            raise RecipeError([problem])
 
     def _within(self, limits: Mapping[str, float], select: str) -> dict[str, int]:
         """Widths under the limits, chosen by an estimate of what they cost, which is corrected by what they do cost."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from constructs import IMAGE, Net, conv, example, head, randomised
@@ -30,8 +32,22 @@ def test_a_model_that_fixes_its_batch_is_captured_for_that_size_with_a_note():
     model = Net(lambda s, x: s.fc(x.reshape(2, -1)), fc=nn.Linear(192, 3))
     trace = capture(model, example(IMAGE))
     assert not trace.dynamic
-    assert trace.note == "its code fixes a length of 2"
+    assert trace.note == "its code makes a fixed number of the batch's length"
     assert not capture(small(), example(IMAGE), dynamic_batch=False).dynamic
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_a_length_that_only_python_asks_for_leaves_the_batch_free(samples, caplog):
+    model = Net(lambda s, x: s.fc(x.flatten(1)) + s.shift.expand(len(x), -1), fc=nn.Linear(192, 3))
+    model.shift = nn.Parameter(torch.randn(1, 3))
+    trace = capture(model, Inputs((torch.randn(samples, 3, 8, 8),)))
+    assert (trace.dynamic, trace.note) == (True, "")
+    x = torch.randn(7, 3, 8, 8)
+    assert torch.equal(trace.graph(x), model(x))
+    assert set(trace.tensors) == {"fc.weight", "fc.bias", "shift"}
+    assert trace.tensors["shift"] is model.shift
+    assert not capture(Net(lambda s, x: s.fc(x.reshape(2, -1)), fc=nn.Linear(192, 3)), example(IMAGE)).dynamic
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
 def test_what_cannot_be_captured_is_one_clear_error():

@@ -701,6 +701,22 @@ def test_a_width_in_the_code_makes_a_graph_which_says_why_and_is_refitted(tmp_pa
     assert off(model, compressed) < 2 * off(same, module)
 
 
+def test_a_graph_that_takes_one_length_of_batch_says_so_and_refuses_others():
+    class Counted(Written):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + sum(0.1 for _ in range(len(x))) / len(x)
+
+    def run(example: int, calibration: tuple[Tensor, ...]) -> fw.Compressed:
+        task = fw.Task(Counted.data(example), calibration=calibration)
+        return fw.compress(make(Counted), prune.Channels(ratio=0.5), task=task)
+
+    said = "It takes only batches of 4, the example's: its code makes a fixed number of the batch's length"
+    assert said in notes(run(4, ()))
+    assert said in notes(run(4, Counted.data(32).split(4)))
+    with pytest.raises(RecipeError, match=r"takes only batches of 1, as the example is, .* has batches of 16"):
+        run(1, Counted.data(32).split(16))
+
+
 # Run, kept, written
 
 
