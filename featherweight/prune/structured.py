@@ -49,7 +49,7 @@ from featherweight.prune.units import bills, columns, joint, members, reader, sl
 from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import rounded_up
-from featherweight.search.widths import Bill, Curve, alike, between, least_loss, nearest, ranked, ranked_within
+from featherweight.search.widths import Bill, Curve, alike, between, filled, least_loss, nearest, ranked, ranked_within
 from featherweight.snapshot import of_profile
 from featherweight.step import Stage, Step
 from featherweight.study import Study
@@ -441,18 +441,28 @@ class _Work:
         together; how far to trust the differences between groups is therefore tried out.
         """
         if self.step.select != "measured":
-            return self._within(limits, self.step.select)
+            return self._noted(self._within(limits, self.step.select), limits)
         tried: dict[str, dict[str, int]] = {}
         for name in MEASURED:
             if (widths := self._within(limits, name)) not in tried.values():
                 tried[name] = widths
         if len(tried) == 1 or not self.study.task.has_calibration or not self.readers:
-            return next(iter(tried.values()))
+            return self._noted(next(iter(tried.values())), limits)
         lost = {name: self._measured(tried[name]) for name in track(list(tried), "trying out widths")}
         best = min(lost, key=lambda name: lost[name])
         said = ", ".join(f"{name} {loss:.3g}" for name, loss in lost.items())
         self.study.notes.append(f"widths were chosen by measured divergence: {said}")
-        return tried[best]
+        return self._noted(tried[best], limits)
+
+    def _noted(self, widths: dict[str, int], limits: Mapping[str, float]) -> dict[str, int]:
+        """The widths, with a note where they leave much of the limit unused."""
+        if self._narrowed(widths) and (used := self._used(widths, limits)) < 1 - SLACK:
+            self.study.notes.append(f"the cost came to {used:.3f} of the limit: no group fits that is a step wider")
+        return widths
+
+    def _used(self, widths: Mapping[str, int], limits: Mapping[str, float]) -> float:
+        """What the network truly costs at these widths, as a share of the nearest limit."""
+        return _share(self._true(widths), limits)
 
     def _measured(self, widths: Mapping[str, int]) -> float:
         """How far the answers are from the original's with these widths, the layers refitted."""
@@ -491,7 +501,7 @@ class _Work:
             except BudgetError:
                 break
             true = self._true(widths)
-            used = max(true[metric] / limit for metric, limit in limits.items())
+            used = _share(true, limits)
             if least < used <= 1:
                 best, least = widths, used
             if 1 - SLACK <= used <= 1 or not self._narrowed(widths):
@@ -502,9 +512,19 @@ class _Work:
             raise BudgetError(
                 f"no widths were found that cost no more than {self.step.budget}: ask for more, or ignore fewer layers"
             )
-        if least < 1 - SLACK and self._narrowed(best):
-            self.study.notes.append(f"the cost came to {least:.3f} of the limit: no wider group was found to fit")
-        return best
+        if not self._narrowed(best):
+            return best
+
+        def fits(widths: dict[str, int]) -> bool:
+            nonlocal least
+            if least >= 1 - SLACK:
+                return False  # enough of the limit is used
+            used = self._used(widths, limits)
+            if used <= 1:
+                least = max(least, used)
+            return used <= 1
+
+        return filled(self.curves, self.bills(limits), best, fits)
 
     def _selected(self, select: str, under: dict[str, Bill]) -> dict[str, int]:
         match select:
@@ -964,6 +984,11 @@ def _some(names: Sequence[str]) -> str:
     """Names, as many as one note should have."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def _share(cost: Mapping[str, float], limits: Mapping[str, float]) -> float:
+    """A cost as a share of the limit that it comes nearest to."""
+    return max(cost[metric] / limit for metric, limit in limits.items())
 
 
 def _metrics(cost: Cost) -> dict[str, float]:

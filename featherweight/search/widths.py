@@ -8,7 +8,7 @@ changes, and the price is bisected. What is left of the budget is spent where it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,7 +107,7 @@ def least_loss(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[s
 def alike(
     curves: Mapping[str, Curve], bills: Mapping[str, Bill], shape: Mapping[str, float] | None = None
 ) -> dict[str, int]:
-    """The same share of every group, as large as the limits allow.
+    """The same share of every group, as large as the limits allow; then single groups a unit wider, as far as they do.
 
     Args:
         curves: of every group that the bills name.
@@ -129,7 +129,7 @@ def alike(
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if search.within(kept(middle)) else (low, middle)
-    return kept(low)
+    return search.filled(search.filled(kept(low), kept(high)))
 
 
 def between(curves: Mapping[str, Curve], bills: Mapping[str, Bill]) -> dict[str, int]:
@@ -197,6 +197,34 @@ def ranked_within(curves: Mapping[str, Curve], bills: Mapping[str, Bill], classe
     return search.filled(best if search.within(best) else {name: curve.widths[0] for name, curve in curves.items()})
 
 
+def filled(
+    curves: Mapping[str, Curve],
+    bills: Mapping[str, Bill],
+    widths: Mapping[str, int],
+    fits: Callable[[dict[str, int]], bool],
+) -> dict[str, int]:
+    """Wider, one group at a time, where a unit of cost buys most, for as long as another judge of costs allows.
+
+    Args:
+        curves: of every group that the bills name.
+        bills: the costs, by metric, to weigh groups by; their limits are not looked at.
+        widths: where to begin.
+        fits: whether widths may be had; what is wider than what may not be had may not either.
+    """
+    search, found, over = _Search(curves, bills), dict(widths), set[str]()
+    while True:
+        for step in search.wider(found):
+            (name,) = (name for name in step if step[name] != found[name])
+            if name in over:
+                continue
+            if fits(step):
+                found = step
+                break
+            over.add(name)
+        else:
+            return found
+
+
 def nearest(widths: Sequence[int], wanted: float) -> int:
     """The allowed width nearest to the one wanted."""
     return min(widths, key=lambda width: (abs(width - wanted), width))
@@ -257,23 +285,29 @@ class _Search:
                 break
         return widths
 
-    def filled(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Wider, one group at a time, for as long as the limits allow, where a unit of cost buys most."""
+    def wider(self, widths: Mapping[str, int]) -> list[dict[str, int]]:
+        """The widths with one group a step wider, those first where a unit of cost buys most."""
+        found = []
+        for name, curve in self.curves.items():
+            at = curve.widths.index(widths[name])
+            if at + 1 < len(curve.widths):
+                costs = self.costs(name, widths)
+                gain = float(self.losses[name][at] - self.losses[name][at + 1])
+                worth = gain / max(float(costs[at + 1] - costs[at]), 1e-12)
+                found.append((worth, {**widths, name: curve.widths[at + 1]}))
+        return [step for _, step in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+    def filled(self, widths: Mapping[str, int], most: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Wider, one group at a time, for as long as the limits allow, where a unit of cost buys most.
+
+        Args:
+            widths: where to begin.
+            most: by group, how wide it may become; all of its units by default.
+        """
         found = dict(widths)
         while True:
-            best, worth = None, -1.0
-            for name, curve in self.curves.items():
-                at = curve.widths.index(found[name])
-                if at + 1 == len(curve.widths):
-                    continue
-                wider = {**found, name: curve.widths[at + 1]}
-                if not self.within(wider):
-                    continue
-                costs = self.costs(name, found)
-                gain = float(self.losses[name][at] - self.losses[name][at + 1])
-                value = gain / max(float(costs[at + 1] - costs[at]), 1e-12)
-                if value > worth:
-                    best, worth = (name, curve.widths[at + 1]), value
-            if best is None:
+            steps = (s for s in self.wider(found) if most is None or all(s[name] <= most[name] for name in most))
+            step = next((step for step in steps if self.within(step)), None)
+            if step is None:
                 return found
-            found[best[0]] = best[1]
+            found = step

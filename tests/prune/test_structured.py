@@ -16,7 +16,7 @@ from featherweight.cost.count import profile
 from featherweight.edits import Narrow, Replace
 from featherweight.errors import BudgetError, NoEffect, RecipeError
 from featherweight.forms import constrained_tensors
-from featherweight.graph import GraphError
+from featherweight.graph import GraphError, couple, narrow
 from featherweight.prune.structured import SCORES
 from featherweight.score import Divergence
 
@@ -221,6 +221,51 @@ def test_a_budget_is_met_from_below_and_used_up(budget, select):
     before, after = (profile(m, task.inputs()).total.metric(metric) for m in (model, compressed.model))
     assert after <= share * before
     assert after >= 0.99 * share * before or "of the limit" in notes(compressed)
+
+
+class Joined(nn.Module):
+    """Concatenations, as in DenseNet, where many groups get wider at the same share: (samples, 3, 6, 6) → (.., 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.more = nn.ModuleList(nn.Conv2d(16 + 8 * n, 8, 3, padding=1) for n in range(4))
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.more:
+            x = torch.cat([x, torch.relu(layer(x))], 1)
+        return self.head(x.mean((2, 3)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return Wide.data(samples)
+
+
+@pytest.mark.parametrize("select", ["measured", "optimal", "uniform", "between", "global", "classes"])
+@pytest.mark.parametrize("multiple", [1, {"more.*": 2, "stem*": 3}], ids=["any", "multiples"])
+def test_a_budget_is_used_up_until_no_group_fits_a_step_wider(select, multiple):
+    model = make(Joined)
+    task = task_of(model, 64)
+    step = prune.Channels(budget=fw.Budget(macs=0.5), select=select, multiple_of=multiple)
+    compressed = fw.compress(model, step, task=task)
+    limit = 0.5 * profile(model, task.inputs()).total.macs
+    said = [note for note in compressed.ledger.steps[0].notes if "of the limit" in note]
+    used = profile(compressed.model, task.inputs()).total.macs / limit
+    assert used <= 1
+    if used >= 0.99:
+        assert not said, "of spreads that were not taken nothing is said"
+        return
+    assert said == [f"the cost came to {used:.3f} of the limit: no group fits that is a step wider"]
+    kept = {name: int(c.chosen.setting.split(" of ")[0]) for name, c in compressed.ledger.steps[0].choices.items()}
+    coupling = couple(model, task.inputs())
+    for name in kept:
+        by = multiple if isinstance(multiple, int) else multiple["stem*" if "stem" in name else "more.*"]
+        wider = {**kept, name: min(coupling.group(name).size, kept[name] + by)}
+        if wider != kept:
+            units = {group: range(width) for group, width in wider.items()}
+            assert profile(narrow(model, coupling, units).module, task.inputs()).total.macs > limit
 
 
 def test_of_the_widths_that_are_tried_out_the_best_are_taken():

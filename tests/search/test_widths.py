@@ -17,6 +17,7 @@ from featherweight.search.widths import (
     Term,
     alike,
     between,
+    filled,
     least_loss,
     nearest,
     ranked,
@@ -125,7 +126,7 @@ def test_typical_losses_come_near_the_best():
 
 @settings(max_examples=80, deadline=None)
 @given(problems(convex=True, metrics=2))
-def test_the_same_share_is_the_largest_that_fits(problem: Problem):
+def test_the_same_share_is_the_largest_that_fits_filled_up(problem: Problem):
     curves, bills = problem
     if not within(bills, {name: curve.widths[0] for name, curve in curves.items()}):
         with pytest.raises(BudgetError, match="cannot come to"):
@@ -136,8 +137,30 @@ def test_the_same_share_is_the_largest_that_fits(problem: Problem):
     shares = [n / 1000 for n in range(1001)]
     of_share = [{name: nearest(curve.widths, s * curve.widths[-1]) for name, curve in curves.items()} for s in shares]
     largest = [widths for widths in of_share if within(bills, widths)][-1]
-    assert sum(found.values()) >= sum(largest.values())
-    assert found in of_share or found == largest
+    assert all(found[name] >= width for name, width in largest.items())
+    for name, curve in curves.items():  # and then filled up
+        at = curve.widths.index(found[name])
+        assert at + 1 == len(curve.widths) or not within(bills, {**found, name: curve.widths[at + 1]})
+
+
+def test_what_is_left_of_the_same_share_goes_to_groups_one_step_each_first():
+    losses = {"a": (9.0, 5.0, 0.0), "b": (1.5, 0.5, 0.0), "c": (0.6, 0.1, 0.0)}
+    curves = {name: Curve((1, 2, 3), lost) for name, lost in losses.items()}
+    bill = Bill(0.0, tuple(Term(1.0, (Length(0.0, {name: 1.0}),)) for name in curves), 5.0)
+    assert alike(curves, {"macs": bill}) == {"a": 2, "b": 2, "c": 1}
+
+
+def test_filling_up_asks_another_judge_and_never_again_for_a_group_that_was_too_dear():
+    curves = {name: Curve((1, 2, 3), (4.0, 1.0, 0.0)) for name in ("a", "b")}
+    bill = Bill(0.0, tuple(Term(1.0, (Length(0.0, {name: 1.0}),)) for name in curves), 1.0)
+    asked: list[dict[str, int]] = []
+
+    def fits(widths: dict[str, int]) -> bool:
+        asked.append(widths)
+        return widths["a"] < 2
+
+    assert filled(curves, {"macs": bill}, {"a": 1, "b": 1}, fits) == {"a": 1, "b": 3}
+    assert [widths["a"] for widths in asked] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("select", [least_loss, alike])
