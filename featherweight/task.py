@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
@@ -479,8 +480,15 @@ def _bad_values(model: nn.Module) -> list[str]:
     if empty := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
         return [f"{', '.join(empty[:5])} are on the meta device, without values: load the model's weights"]
     parameters = [n for n, t in model.named_parameters() if not bool(torch.isfinite(_readable(t)).all())]
-    # Buffers may hold infinities on purpose, such as attention masks.
-    bad = parameters + [n for n, t in model.named_buffers() if bool(torch.isnan(_readable(t)).any())]
+    norms = [name for name, module in model.named_modules() if isinstance(module, _NormBase)]
+    finite = {f"{name}.{leaf}".removeprefix(".") for name in norms for leaf in ("running_mean", "running_var")}
+
+    def bad_buffer(name: str, tensor: Tensor) -> bool:
+        # Other buffers may hold infinities on purpose, such as attention masks.
+        good = ~torch.isnan(tensor) if name not in finite else torch.isfinite(tensor)
+        return not bool(good.all())
+
+    bad = parameters + [n for n, t in model.named_buffers() if bad_buffer(n, _readable(t))]
     if not bad:
         return []
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""

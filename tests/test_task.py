@@ -165,6 +165,9 @@ def test_weights_that_are_not_finite_are_named(value):
     model = make(Residual)
     model.one_norm.running_mean[2] = float("nan")
     assert "NaN or infinite values in one_norm.running_mean" in problem(model, example=Residual.data(1))
+    model = make(Residual)
+    model.one_norm.running_var[2] = float("inf")
+    assert "NaN or infinite values in one_norm.running_var" in problem(model, example=Residual.data(1))
 
 
 def test_a_buffer_may_hold_infinities():
