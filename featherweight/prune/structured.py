@@ -221,7 +221,7 @@ class Structured(Step):
         if wrong := [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]:
             known = f"which are {_some(names)}" if names else "of which there are none"
             raise RecipeError([f"{self.name}: the pattern {p!r} matches none of the groups, {known}" for p in wrong])
-        if self.budget is not None and work.groups:
+        if self.budget is not None:
             work.check(self.budget.limits(_metrics(study.start)))
 
     def planned(self, study: Study, before: Snapshot) -> Snapshot:
@@ -403,11 +403,19 @@ class _Work:
         """
         least = {group.name: range(self.widths(group)[0]) for group in self.groups}
         cost, whole = (_metrics(counted.total) for counted in (self.narrowed(least), self.study.profile))
+        why = "with as little left of every group as may be"
+        advice = "ask for more, or ignore less"
+        if bound := [group.name for group in self.groups if self.widths(group)[0] > 1]:
+            advice += f", or lower minimum or multiple_of, which hold {_some(bound)}"
+        if not self.groups:
+            reasons = [f"{name}: {reason}" for name, reason in self.left.items()]
+            why = f"{self.step.name} finds nothing to remove" + (f" ({_some(reasons)})" if reasons else "")
+            advice = "ask for more, or use another step"
         for metric, limit in limits.items():
             if cost[metric] > limit:
                 raise BudgetError(
-                    f"{self.step.budget} cannot be met: with as little left of every group as may be, {metric} come "
-                    f"to {rounded_up(cost[metric] / whole[metric]):g} of what they are; ask for more, or ignore less"
+                    f"{self.step.budget} cannot be met: {why}, {metric} come to "
+                    f"{rounded_up(cost[metric] / whole[metric]):g} of what they are; {advice}"
                 )
 
     def bills(self, limits: Mapping[str, float]) -> dict[str, Bill]:

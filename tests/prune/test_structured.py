@@ -409,7 +409,9 @@ def test_a_budget_out_of_reach_is_refused_before_anything_slow():
     task = unread(Wide.data(1))
     with pytest.raises(BudgetError, match=r"macs ≤ 0\.001 cannot be met: .* macs come to 0\.0\d+ of what they are"):
         fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.001)), task=task)
-    with pytest.raises(BudgetError, match="cannot be met"):
+    with pytest.raises(
+        BudgetError, match=r"cannot be met: .* or lower minimum or multiple_of, which hold one channels, "
+    ):
         fw.compress(model, prune.Channels(budget=fw.Budget(macs=0.3), minimum=20), task=task)
 
 
@@ -509,8 +511,29 @@ def test_heads_go_whole():
 def test_where_there_is_nothing_of_its_kind_that_is_said():
     model = make(Mixed)
     with pytest.warns(NoEffect, match="prune.Heads changed nothing: .*are neurons, which this step leaves alone"):
-        compressed = fw.compress(model, prune.Heads(budget=fw.Budget(macs=0.5)), task=task_of(model))
+        compressed = fw.compress(model, prune.Heads(ratio=0.5), task=task_of(model))
     assert_same_state(compressed.model, model)
+    with pytest.warns(NoEffect):
+        fw.compress(model, prune.Heads(budget=fw.Budget(macs=1.0)), task=task_of(model))
+
+
+@pytest.mark.parametrize(
+    ("build", "step", "said"),
+    [
+        (
+            lambda: nn.Linear(4, 4),
+            prune.Channels,
+            r"prune\.Channels finds nothing to remove, macs come to 1 of what they are; ask for more, or use",
+        ),
+        (lambda: make(Wide), prune.Heads, r"nothing to remove \(one: what it makes are channels, .*macs come to 1 of"),
+    ],
+    ids=["one layer", "no heads"],
+)
+def test_a_budget_is_refused_where_there_is_nothing_to_remove(build, step, said):
+    model = build()
+    example = torch.randn(1, 4) if isinstance(model, nn.Linear) else Wide.data(1)
+    with pytest.raises(BudgetError, match=said):
+        fw.compress(model, step(budget=fw.Budget(macs=0.5)), task=fw.Task(example))
 
 
 # Settings that cannot be
