@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from featherweight.batch import Inputs
 from featherweight.errors import did_you_mean
 from featherweight.graph.analysis import Analysis, analyse
 from featherweight.graph.labels import Reason
@@ -149,12 +149,12 @@ class Coupling:
         return np.asarray(~gone.any(1), np.bool_)
 
 
-def couple(model: nn.Module | Trace, inputs: Inputs | None = None) -> Coupling:
+def couple(model: nn.Module | Trace, inputs: Any = None) -> Coupling:
     """Find out what of a model can be narrowed.
 
     Args:
         model: the model, on any device, meta included; or its trace.
-        inputs: an example of its inputs; not needed for a trace.
+        inputs: an example of its inputs, as `Task.example` or as `Inputs`; not needed for a trace.
 
     Raises:
         GraphError: the model cannot be captured, or inputs are missing.

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from featherweight import batch
@@ -113,19 +114,25 @@ class Narrowing:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"this is not a narrowing that this version knows: {error}") from error
 
-    def apply(self, model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
+    def apply(self, model: nn.Module, inputs: Any = None) -> nn.Module:
         """A narrowed copy of a model like the one this was made for; its values are cut, the model stays as it is.
 
         Args:
-            model: the same class with the same sizes; its values may be others, or on the meta device.
-            inputs: for the graph form, an example of its inputs; made up from the narrowing's own where not given.
+            model: the same class with the same sizes; its values may be others, or on the meta device. Or such a model
+                in PyTorch's `AveragedModel`, which goes on averaging.
+            inputs: for the graph form, an example of its inputs, as `Task.example`; made up from the narrowing's own
+                where not given.
 
         Raises:
             GraphError: the narrowing does not fit the model.
         """
+        if isinstance(model, AveragedModel) and {name for name, _ in _registered(model)}.isdisjoint(self.tensors):
+            averaged = copy.deepcopy(model)
+            averaged.module = self.apply(model.module, inputs)
+            return averaged
         if self.form == "module":
             return _module_form(model, self)
-        coupling = couple(model, inputs or batch.sketched(self.inputs))
+        coupling = couple(model, batch.sketched(self.inputs) if inputs is None else inputs)
         lost = coupling.lost(self.kept)
         if _indices(coupling, lost) != {n: dict(dims) for n, dims in self.tensors.items()}:
             raise GraphError(f"this narrowing was made for another {type(model).__name__}: the slices do not agree")
@@ -202,8 +209,7 @@ def _as_module(
     model: nn.Module, coupling: Coupling, plan: Narrowing, numbers: Mapping[str, list[Any]], graph: nn.Module
 ) -> tuple[nn.Module | None, Narrowing, str]:
     """The module form if it answers as the graph does: with sure changes of attributes first, then with likely ones."""
-    registered = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    registered |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    registered = {name for name, _ in _registered(model)}
     loose = [name for name in (*plan.tensors, *plan.values) if name not in registered]
     if loose:
         return None, plan, f"its code holds a tensor that is neither a parameter nor a buffer ({loose[0]})"
@@ -240,6 +246,11 @@ def _as_module(
         if not any(attributes.values()):
             continue
     return None, plan, why
+
+
+def _registered(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer under all of its names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _module_form(model: nn.Module, plan: Narrowing) -> nn.Module:
@@ -290,7 +301,7 @@ def _attributes(
     made: dict[str, dict[str, int | tuple[int, ...]]] = {}
     lengths = {name: {d: len(kept) for d, kept in dims.items()} for name, dims in plan.tensors.items()}
     first: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+    for name, tensor in _registered(model):
         first.setdefault(id(tensor), name)
 
     def shape(tensor: Tensor) -> list[int]:

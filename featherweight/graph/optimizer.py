@@ -16,8 +16,8 @@ def narrow_optimizer(
 ) -> None:
     """Give an optimizer, in place, the narrowed model's parameters, with momenta and all other state cut alike.
 
-    Parameter groups keep their settings, so schedulers go on as they are. An averaged model (EMA) is narrowed by
-    ``narrowing.apply(averaged)``.
+    Parameter groups keep their settings, so schedulers go on as they are. An averaged model (EMA), PyTorch's
+    `AveragedModel` too, is narrowed by ``narrowing.apply(averaged)``.
 
     Args:
         optimizer: of the model before.

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from featherweight import batch
-from featherweight.batch import Inputs
+from featherweight.batch import Inputs, as_inputs
 from featherweight.errors import FeatherweightError
 
 # What torch.export says where a length that may be any became a number.
@@ -60,19 +60,19 @@ class Trace:
     transient: frozenset[str] = frozenset()
 
 
-def capture(model: nn.Module, inputs: Inputs, *, dynamic_batch: bool = True) -> Trace:
+def capture(model: nn.Module, inputs: Any, *, dynamic_batch: bool = True) -> Trace:
     """The model in evaluation mode as a graph; the model stays as it is, and may be on the meta device.
 
     Args:
         model: any model torch.export can follow.
-        inputs: an example of its inputs.
+        inputs: an example of its inputs, as `Task.example` or as `Inputs`.
         dynamic_batch: let the first dimension of every input that has the example's batch size take any length. Where
             the model fixes it, the graph is captured for the example's size and the trace notes why.
 
     Raises:
         GraphError: torch.export cannot follow the model.
     """
-    inputs = _as_declared(model, inputs.on(model))
+    inputs = _as_declared(model, as_inputs(inputs).on(model))
     note = "as asked" if not dynamic_batch else "no input has a batch dimension"
     program = None
     with batch.mode(model, training=False), quiet():

@@ -111,6 +111,12 @@ def test_kept_says_which_indices_of_every_tensor_stay():
     assert kept["fc.weight"][0].all()
 
 
+def test_an_example_is_given_as_to_a_task():
+    model, x = CONSTRUCTS["a residual"][0](), example(CONSTRUCTS["a residual"][1]).args[0]
+    for given in (x, (x,), [x], {"x": x}):
+        assert {group.name for group in couple(model, given).groups} == {g.name for g in coupled("a residual").groups}
+
+
 def test_a_model_needs_an_example():
     with pytest.raises(GraphError, match="give an example"):
         couple(nn.Linear(2, 2))

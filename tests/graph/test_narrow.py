@@ -25,6 +25,7 @@ from constructs import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featherweight.batch import Inputs
 from featherweight.errors import ArtifactError
@@ -126,6 +127,27 @@ def test_a_narrowing_rebuilds_the_model_from_plain_data(name):
     fresh.load_state_dict(narrowed.module.state_dict())
     x = example(shape, seed=5).args[0]
     assert torch.equal(fresh(x), narrowed.module(x))
+
+
+@pytest.mark.parametrize("form", ["module", "graph"])
+def test_pytorchs_averaged_model_is_narrowed_and_goes_on_averaging(form):
+    model = randomised(conv(3, 8).append(nn.Flatten()).append(nn.Linear(512, 3)))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    average.update_parameters(model)
+    coupling = couple(model, example(IMAGE))
+    made = narrow(model, coupling, {"0 channels": range(3)}, form=form)
+    narrowed = made.narrowing.apply(average)
+    assert isinstance(narrowed, AveragedModel)
+    assert narrowed.n_averaged == 1
+    assert average.module.get_parameter("0.weight").shape[0] == 8
+    with torch.no_grad():
+        made.module.get_parameter("0.weight").add_(1.0)
+    narrowed.update_parameters(made.module)
+    change = narrowed.module.get_parameter("0.weight") - average.module.get_parameter("0.weight")[:3]
+    assert torch.allclose(change, torch.full_like(change, 0.25))
+    wrapped = AveragedModel(model)  # and one that was itself coupled
+    itself = narrow(wrapped, couple(wrapped, example(IMAGE)), {"module.0 channels": range(3)}, form=form)
+    assert itself.narrowing.apply(wrapped).get_parameter("module.0.weight").shape[0] == 3
 
 
 def test_data_that_is_no_narrowing_is_refused():
