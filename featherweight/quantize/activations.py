@@ -16,7 +16,7 @@ from featherweight.batch import mode, sketch, tensors_in
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
 from featherweight.errors import EditError, FeatherweightError
-from featherweight.forms import Grid, Rounded, Rounding, constraints_on, parametrized
+from featherweight.forms import Grid, Rounded, Rounding, beneath, constraints_on, parametrized
 from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max, short
 from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names, weight_of
 from featherweight.graph.rules import operation_of
@@ -332,6 +332,8 @@ def seen_edges(placement: Placement, observers: Mapping[str, Observer]) -> tuple
             left[name] = f"{seen.infinite} of its values were infinite or NaN on the calibration data"
         elif not seen.batches:
             left[name] = "no calibration sample reached it"
+        elif seen.lowest == seen.highest:
+            left[name] = "a range never seen: all of its values were 0 on the calibration data"
     return {name: edge for name, edge in placement.edges.items() if name not in left}, left
 
 
@@ -373,7 +375,11 @@ def scales_read(graph: ModelGraph, placement: Placement) -> dict[str, Tensor]:
 
 
 def round_biases(graph: ModelGraph, placement: Placement) -> None:
-    """Round biases in place, as kernels have them: whole numbers of 32 bits in steps of the two scales' product."""
+    """Round biases in place, as kernels have them: whole numbers of 32 bits in steps of the two scales' product.
+
+    Rows of weights that are all zero are so at any scale, and get one in whose steps their bias is a whole number of 15
+    bits.
+    """
     scales = scales_read(graph, placement)
     for name, scale in scales.items():
         path, _, leaf = name.rpartition(".")
@@ -382,9 +388,32 @@ def round_biases(graph: ModelGraph, placement: Placement) -> None:
         bias = getattr(holder, "bias", None)
         if grid is None or grid.form.bits > 8 or not isinstance(bias, Tensor):
             continue
+        if grid.scale.numel() not in (1, bias.numel()):
+            continue
+        _scale_zeros(holder, leaf, grid, scale, bias.detach())
         step = (scale.detach().to(grid.scale) * grid.scale.detach()).flatten()
-        if step.numel() in (1, bias.numel()):
-            bias.data.copy_((bias.detach().double() / step.double()).round() * step.double())
+        bias.data.copy_((bias.detach().double() / step.double()).round() * step.double())
+
+
+def _scale_zeros(holder: nn.Module, leaf: str, grid: Gridded, scale: Tensor, bias: Tensor) -> None:
+    """Give rows of weights that are all zero, in place, a scale that is fine enough for their biases.
+
+    Args:
+        holder: of the weight.
+        leaf: the weight's name in it.
+        grid: that the weight is on: with one scale, or one for every output.
+        scale: of what reaches the layer.
+        bias: (outputs,).
+    """
+    most = bias.abs().reshape(*grid.scale.shape, -1).amax(-1)
+    fine = short((most / (2.0**14 * scale.to(most))).to(grid.scale), grid.form)
+    zero = ~grid.form.rows(getattr(holder, leaf).detach()).any(-1) & (fine >= torch.finfo(fine.dtype).tiny)
+    if not bool(zero.any()):
+        return
+    # What was rounded to zero would not be in finer steps.
+    original = beneath(holder, leaf)
+    original.data.masked_fill_(grid.form.spread(zero, original.shape), 0)
+    grid.scale.data.copy_(torch.where(zero, fine, grid.scale))
 
 
 def check_folded(study: Study, before: nn.Module) -> None:

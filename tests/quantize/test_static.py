@@ -196,6 +196,56 @@ def test_channels_that_are_zero_or_constant_stay_what_they_are(tmp_path):
     assert min(check.signal_to_noise_db) > 40
 
 
+class Pruned(nn.Module):
+    """Convolutions on bytes, a row of the first one all zero: (samples, 3, 8, 8) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+        with torch.no_grad():
+            self.stem.weight[1], self.stem.bias[1] = 0, 8.0
+            self.one.weight.div_(100)
+            self.one.weight[4], self.one.bias[4] = 0, 0.4
+            self.head.weight[2], self.head.bias[2] = 0, -0.7
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.one(torch.relu(self.stem(x)))).mean((2, 3)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return 255 * torch.rand(samples, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("target", list(quantize.TARGETS))
+@pytest.mark.parametrize("before", [(), (quantize.Weights(bits=8, effort="nearest"),)], ids=["alone", "behind weights"])
+def test_rows_of_zeros_keep_their_biases(target, before, tmp_path):
+    model, x = make(Pruned), Pruned.data(32)
+    task = fw.Task(x[:1], calibration=x.split(16), train=lambda model, epochs: None)
+    for step in (quantize.Static(target=target), quantize.QAT(target=target)):
+        small = fw.compress(model, *before, step, task=task)
+        assert noise_db(run(small.model, x), run(model, x)) > 35
+        for name, row in (("stem", 1), ("one", 4), ("head", 2)):
+            given, right = (m.get_parameter(f"{name}.bias")[row].detach() for m in (small.model, model))
+            assert float(given) == pytest.approx(float(right), rel=1e-3), name
+            assert not small.model.get_submodule(name).weight[row].any()
+    if target in ("onnxruntime-x86", "openvino"):
+        format, name = ("onnx", "m.onnx") if target == "onnxruntime-x86" else ("openvino", "m.xml")
+        assert min(small.export(format, tmp_path / name, [x]).signal_to_noise_db) > 40
+
+
+def test_a_range_never_seen_is_left_with_the_reason_and_keeps_the_bias_behind():
+    model, x = make(Pruned), Pruned.data(32)
+    with torch.no_grad():
+        model.one.weight.zero_()
+        model.one.bias.fill_(-1.0)
+        model.head.weight.zero_()
+    small = fw.compress(model, quantize.Static(), task=fw.Task(x[:1], calibration=x.split(16)))
+    assert (
+        "a range never seen: all of its values were 0 on the calibration data" in small.ledger.steps[0].left["relu_1"]
+    )
+    assert noise_db(run(small.model, x), run(model, x)) > 60
+
+
 class Odd(nn.Module):
     """Attention with a mask of infinities, and a branch that no sample takes part in."""
 
