@@ -51,3 +51,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint such as ``"; did you mean 'ratio'?"``, or an empty string when nothing known is close to `word`."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.batch import Inputs, mode
 from featherweight.curvature.gram import Statistics
-from featherweight.errors import TaskError
+from featherweight.errors import TaskError, first_few
 from featherweight.progress import track
 from featherweight.task import Task
 
@@ -152,6 +152,8 @@ def finetune(
         raise
     except Exception as error:
         raise TaskError(f"train(model, {epochs}) raised {type(error).__name__}: {error}") from error
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise TaskError(f"train(model, {epochs}) left NaN or infinite weights: lower its learning rate")
+    if bad := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise TaskError(
+            f"train(model, {epochs}) left NaN or infinite weights, in {first_few(bad)}: lower its learning rate"
+        )
     return done

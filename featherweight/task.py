@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from featherweight.batch import Inputs, as_inputs, describe, dtype_of, mode, tensors_in
-from featherweight.errors import TaskError, did_you_mean
+from featherweight.errors import TaskError, did_you_mean, first_few
 
 Loss = str | Callable[[Any, Any], Tensor]
 
@@ -491,8 +491,7 @@ def _bad_values(model: nn.Module) -> list[str]:
     bad = parameters + [n for n, t in model.named_buffers() if bad_buffer(n, _readable(t))]
     if not bad:
         return []
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    return [f"NaN or infinite values in {', '.join(bad[:5])}{more}: the model is damaged; load or train it again"]
+    return [f"NaN or infinite values in {first_few(bad)}: the model is damaged; load or train it again"]
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -376,7 +376,7 @@ def test_a_ratio_or_rank_that_no_option_has_is_said():
         (lambda model, epochs: 1 / 0, r"train\(model, 1\) raised ZeroDivisionError: division by zero"),
         (
             lambda model, epochs: nn.init.constant_(next(model.parameters()), float("nan")),
-            r"train\(model, 1\) left NaN or infinite weights: lower its learning rate",
+            r"train\(model, 1\) left NaN or infinite weights, in first\.first\.weight: lower its learning rate",
         ),
     ],
     ids=["raises", "nan"],

@@ -112,12 +112,13 @@ class Gridded(Constrained):
         fitted: whether they do; without, all scales are 1 and all zero points 0.
 
     Attributes:
-        scale: float32, of shape () for a tensor, (indices,) along an axis, (indices, groups) in groups. It has a
-            gradient where it is asked for one.
+        scale: float32, of shape () for a tensor, (indices,) along an axis, (indices, groups) in groups.
         zero_point: whole numbers of the same shape, always within the grid.
+        growth: what the scale is learned by, as in `grown`, from `learn` to `settle`; None otherwise.
     """
 
     scale: nn.Parameter
+    growth: nn.Parameter | None
     zero_point: Tensor
     kind: Tensor
 
@@ -133,6 +134,7 @@ class Gridded(Constrained):
             scale = torch.ones(rows.shape[:-1], device=like.device)
             zero_point = torch.zeros(rows.shape[:-1], dtype=form.type_of_zero_points, device=like.device)
         self.scale = nn.Parameter(scale, requires_grad=False)
+        self.register_parameter("growth", None)
         self.register_buffer("zero_point", zero_point, persistent=not form.symmetric)
         # Decoding needs the tensor's type, and follows it when the model is cast.
         self.register_buffer("kind", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
@@ -140,10 +142,21 @@ class Gridded(Constrained):
     def forward(self, original: Tensor) -> Tensor:
         """Any shape → the same."""
         form, shape = self.form, original.shape
-        scale, zero_point = form.spread(self.scale, shape), form.spread(self.zero_point, shape)
+        scale = self.scale if self.growth is None else grown(self.scale, self.growth)
+        scale, zero_point = form.spread(scale, shape), form.spread(self.zero_point, shape)
         # Esser et al., section 2.2: a scale's gradient is kept in proportion to those of its weights.
         share = self.scale.numel() / (max(1, original.numel()) * max(1, form.high))
         return fake_quantized(original, scale, zero_point, form.low, form.high, math.sqrt(share))
+
+    def learn(self) -> None:
+        """Let the scale be trained until `settle`."""
+        self.growth = nn.Parameter(torch.zeros_like(self.scale))
+
+    def settle(self) -> None:
+        """Keep the scale that was learned."""
+        if self.growth is not None:
+            self.scale.data.mul_(self.growth.detach().exp())
+            self.growth = None
 
     def codes(self, value: Tensor) -> Tensor:
         """Whole numbers from 0 to ``2^bits − 1``: q less the least q."""
@@ -267,6 +280,48 @@ class _FakeQuantized(torch.autograd.Function):
             to_shift = (gradient.to(exact) * rate * ctx.gradient_share).sum_to_size(zero_point.shape)
             to_shift = to_shift.to(zero_point.dtype)
         return to_x, to_scale, to_shift, None, None, None
+
+
+def grown(start: Tensor, growth: Tensor) -> Tensor:
+    """A positive number that is learned by the logarithm of its growth: ``start · e^growth``.
+
+    A step of 0.001 that is learned as such can be negative after one update, and what is a small update to one step is
+    a large one to another. The growth's gradient is the number's own in proportion to it, ``gradient / number``: to
+    first order the updates of SGD are then those that the number itself would see, with the gradients of
+    `fake_quantized` those of Esser et al. It goes through a tanh, as in Jain et al., Trained quantization thresholds,
+    2020, arxiv.org/abs/1903.08066, so that no gradient moves a number by more, in proportion, than the learning rate.
+
+    Args:
+        start: any shape, positive; no gradient reaches it.
+        growth: the same shape.
+    """
+    made: Tensor = _Moved.apply(growth, start, True)  # type: ignore[no-untyped-call]
+    return made
+
+
+def moved(start: Tensor, unit: Tensor, by: Tensor) -> Tensor:
+    """A number that is learned in units of another: ``start + unit · by``, its updates bounded as in `grown`.
+
+    Args:
+        start: any shape.
+        unit: the same shape, positive; no gradient reaches it, nor the start.
+        by: the same shape.
+    """
+    made: Tensor = _Moved.apply(by, unit, False)  # type: ignore[no-untyped-call]
+    return start + made
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, learned: Tensor, unit: Tensor, grows: bool) -> Tensor:
+        made = unit * (learned.exp() if grows else learned)
+        ctx.save_for_backward(made if grows else unit)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        return (gradients[0] / unit).tanh(), None, None
 
 
 # Finding scales -------------------------------------------------------------------------------------------------------

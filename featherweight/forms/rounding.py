@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import ArtifactError, EditError
-from featherweight.forms.grid import WIDTHS, Grid, between, fake_quantized
+from featherweight.forms.constraint import straight_through
+from featherweight.forms.grid import WIDTHS, Grid, between, fake_quantized, grown, moved
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,25 @@ class Rounded(nn.Module):
         device: where its two numbers are kept.
 
     Attributes:
-        scale: float32, of shape (); has a gradient where it is asked for one.
-        zero_point: float32, of shape (), a whole number wherever it is not being learned.
-        clips: whether only the range's ends are learned, as in PACT, and not the step as such.
+        scale: float32, of shape ().
+        zero_point: float32, of shape (), a whole number.
+        growth: what the scale is learned by, as in `grown`, from `learn` to `settle`; None otherwise.
+        offset: what the value of the whole number 0 is learned by, in ranges of the whole grid; None otherwise.
     """
 
     scale: nn.Parameter
     zero_point: nn.Parameter | Tensor
+    growth: nn.Parameter | None
+    offset: nn.Parameter | None
 
     def __init__(self, form: Rounding, device: torch.device | str | None = None) -> None:
         super().__init__()
         if form.bits not in WIDTHS:
             raise EditError(f"a grid has 2 to 8 bits or 16, not {form.bits}")
         self.form = form
-        self.clips = False
+        self._ends_only = False
+        self.register_parameter("growth", None)
+        self.register_parameter("offset", None)
         if form.dynamic:
             return
         self.scale = nn.Parameter(torch.ones((), device=device), requires_grad=False)
@@ -104,13 +110,42 @@ class Rounded(nn.Module):
                 return x
             scale, zero_point = between(x.detach().amin(), x.detach().amax(), grid)
             return fake_quantized(x, scale, zero_point.to(scale.dtype), grid.low, grid.high)
-        scale = self.scale
-        if self.clips:
-            x = torch.minimum(x, (scale * (grid.high - self.zero_point)).to(x.dtype))
+        scale, zero_point = self.learned()
+        if self._ends_only and self.growth is not None:
+            reach = grid.high - self.zero_point
+            x = torch.minimum(x, grown(self.scale * reach, self.growth).to(x.dtype))
             scale = scale.detach()
         # Esser et al., section 2.2, for the values of one sample.
         share = 1 / max(1, x.numel() // max(1, x.shape[0] if x.ndim else 1) * max(1, grid.high))
-        return fake_quantized(x, scale, self.zero_point, grid.low, grid.high, math.sqrt(share))
+        return fake_quantized(x, scale, zero_point, grid.low, grid.high, math.sqrt(share))
+
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """The scale and the zero point as they are by now, the latter between two whole numbers where it is learned."""
+        if self.growth is None:
+            return self.scale, self.zero_point
+        scale = grown(self.scale, self.growth)
+        if self.offset is None:
+            return scale, self.zero_point
+        grid = self.form.grid
+        offset = moved(-self.scale * self.zero_point, self.scale * (grid.high - grid.low), self.offset)
+        # 0 stays on the grid; the gradient goes on as if it need not.
+        return scale, straight_through(-offset / scale, (-offset / scale).clamp(grid.low, grid.high))
+
+    def learn(self, how: Literal["lsq", "lsq+", "pact"]) -> None:
+        """Let the grid be trained until `settle`.
+
+        Args:
+            how: ``"lsq"``: the scale; ``"lsq+"``: the scale and, where it is not symmetric, the value of the whole
+                number 0, which is rounded to a zero point wherever it is used; ``"pact"``: the scale, by the grid's
+                upper end alone.
+        """
+        # An upper end that is 0 has no growth.
+        if self.form.dynamic or (how == "pact" and bool(self.zero_point == self.form.grid.high)):
+            return
+        self.growth = nn.Parameter(torch.zeros_like(self.scale))
+        self._ends_only = how == "pact"
+        if how == "lsq+" and not self.form.symmetric:
+            self.offset = nn.Parameter(torch.zeros_like(self.scale))
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
         """Give it a scale, a positive number, and a zero point within the grid."""
@@ -119,10 +154,11 @@ class Rounded(nn.Module):
             self.zero_point.copy_(zero_point)
 
     def settle(self) -> None:
-        """Round a learned zero point to the whole number that it has been used as, within the grid."""
-        if not self.form.dynamic:
-            with torch.no_grad():
-                self.zero_point.round_().clamp_(self.form.grid.low, self.form.grid.high)
+        """Keep what was learned, the zero point as the whole number that it was used as."""
+        if self.growth is not None:
+            scale, zero_point = (made.detach() for made in self.learned())
+            self.set_range(scale, zero_point.round())
+            self.growth = self.offset = None
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -20,7 +20,7 @@ from torch.nn.functional import kl_div
 
 from featherweight.batch import mode, tensors_in
 from featherweight.edits import Edit, Fold
-from featherweight.errors import TaskError
+from featherweight.errors import TaskError, first_few
 from featherweight.forms import Rounded
 from featherweight.forms.grid import Gridded
 from featherweight.graph import ModelGraph
@@ -46,10 +46,16 @@ from featherweight.task import Task
 class QAT(Activations):
     """Round weights and activations, and train the network with them rounded, by ``task.train``.
 
+    A step is learned by the logarithm of its growth, so that it stays positive, whatever its size and the optimizer:
+    its gradient in proportion to it is LSQ's, with LSQ's factor 1 / √(values · greatest whole number), through a tanh,
+    and one update of SGD moves it by no more, in proportion, than the learning rate. The offsets of LSQ+ are learned
+    alike, in shares of the range that they began with, and rounded to whole zero points wherever they are used, as the
+    kernels will have them. With loss scaling (fp16) that bound is lower by the scale.
+
     Attributes:
         activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names.
         epochs: of training.
-        learn: of the grids: ``"lsq"`` (every step), ``"lsq+"`` (steps, and the activations' zero points), ``"pact"``
+        learn: of the grids: ``"lsq"`` (every step), ``"lsq+"`` (steps, and the activations' offsets), ``"pact"``
             (where activations are cut off; weights' steps as in LSQ) or ``"nothing"`` (ranges stay as they were found).
         distill: train towards the answers of the network as it was before the step, and not by ``task.loss``: the
             divergence of classifiers' distributions, the squared error of other answers.
@@ -97,16 +103,12 @@ class QAT(Activations):
         round_biases(graph, placement)
 
     def _train(self, study: Study, graph: ModelGraph) -> None:
-        roundings = [m for m in graph.modules() if isinstance(m, Rounded) and not m.form.dynamic]
-        grids: list[Gridded] = [m for m in graph.modules() if isinstance(m, Gridded)]
-        steps: list[nn.Parameter] = [*(m.scale for m in roundings), *(m.scale for m in grids)]
+        learned = {name: m for name, m in graph.named_modules() if isinstance(m, Rounded | Gridded)}
         try:
-            for scale in steps:
-                scale.requires_grad_(self.learn != "nothing")
-            for rounding in roundings:
-                rounding.clips = self.learn == "pact"
-                if isinstance(rounding.zero_point, nn.Parameter):
-                    rounding.zero_point.requires_grad_(self.learn == "lsq+")
+            for module in learned.values():
+                if self.learn == "nothing":
+                    break
+                module.learn() if isinstance(module, Gridded) else module.learn(self.learn)
             if self.distill:
                 pupil = Pupil(graph, study.original, study.task, self.temperature)
                 assert study.task.train is not None
@@ -119,17 +121,15 @@ class QAT(Activations):
             else:
                 finetune(graph, study.task, self.epochs)
         finally:
-            for rounding in roundings:
-                rounding.clips = False
-                rounding.settle()
-                if isinstance(rounding.zero_point, nn.Parameter):
-                    rounding.zero_point.requires_grad_(False)
-            for scale in steps:
-                scale.requires_grad_(False)
-        bad = [scale for scale in steps if not bool((scale.isfinite() & (scale > 0)).all())]
-        if bad or not all(bool(p.isfinite().all()) for p in graph.parameters()):
+            for module in learned.values():
+                module.settle()
+        values = dict(graph.named_parameters())
+        steps = {f"{name}.scale" for name in learned} & set(values)
+        bad = [n for n, v in values.items() if not bool(v.isfinite().all()) or (n in steps and not bool((v > 0).all()))]
+        if bad:
             raise TaskError(
-                "training left NaN or infinite values, or steps of grids that are not positive: lower its learning rate"
+                f"training left values that are NaN or infinite, or steps of grids that are 0, in {first_few(bad)}: "
+                "lower its learning rate"
             )
 
 

@@ -120,20 +120,24 @@ def test_a_scale_learns_where_it_is_asked_to():
     made = Grid(3).put_on(layer)
     assert isinstance(made, Gridded)
     target, x = layer.weight.detach().clone(), torch.randn(64, 16)
-    made.scale.requires_grad_()
     with torch.no_grad():
         made.scale.mul_(3)
+    made.learn()
 
     def error() -> Tensor:
         return ((layer.weight - target) @ x.T).square().mean()
 
     before = float(error().detach())
-    optimizer = torch.optim.Adam([made.scale], 0.01)
+    optimizer = torch.optim.Adam([made.growth], 0.03)
     for _ in range(50):
         optimizer.zero_grad()
         error().backward()
         optimizer.step()
-    assert float(error().detach()) < 0.5 * before
+    after = error().detach()
+    assert float(after) < 0.5 * before
+    made.settle()
+    assert torch.equal(error().detach(), after)
+    assert not [name for name in made.state_dict() if "growth" in name]
 
 
 @given(st.sampled_from([2, 3]), st.booleans(), st.integers(0, 50))

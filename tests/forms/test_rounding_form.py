@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,35 +38,80 @@ def test_values_are_those_of_torchs_own_rounding(bits, signed, scale, values):
     torch.testing.assert_close(found[clear], expected[clear])
 
 
-def test_the_gradients_are_those_of_learned_steps():
+def test_the_gradients_are_those_of_learned_steps_in_proportion():
     form = Rounding(2, symmetric=True, signed=True)
     module = rounded(form, 0.5)
-    module.scale.requires_grad_(True)
+    module.learn("lsq")
     x = torch.tensor([[-3.0, -0.3, 0.2, 0.4, 5.0]], requires_grad=True)
-    module(x).sum().backward()
-    assert x.grad.tolist() == [[0, 1, 1, 1, 0]]
+    (module(x) * 0.1).sum().backward()
+    assert x.grad.tolist() == [[0, pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1), 0]]
     # Esser et al., equation 3: −v/s + round(v/s) within the range, its end outside; then 1/√(values · Q).
     inside = sum(round(v / 0.5) - v / 0.5 for v in (-0.3, 0.2, 0.4))
-    assert module.scale.grad.item() == pytest.approx((-2 + inside + 1) / 5**0.5, rel=1e-5)
+    assert module.growth.grad.item() == pytest.approx(math.tanh(0.1 * (-2 + inside + 1) / 5**0.5 / 0.5), rel=1e-5)
 
 
 def test_pact_learns_from_what_is_cut_off_alone():
     module = rounded(Rounding(2), 1.0)
-    module.clips = True
-    module.scale.requires_grad_(True)
+    module.learn("pact")
     x = torch.tensor([0.2, 1.4, 2.9, 3.5, 9.0], requires_grad=True)
     module(x).sum().backward()
-    assert module.scale.grad.item() == pytest.approx(2 * 3.0)  # two values are cut off at α = 3 · scale
+    assert module.growth.grad.item() == pytest.approx(math.tanh(2 / 3))  # two values are cut off at α = 3 · scale
     assert x.grad.tolist() == [1, 1, 1, 0, 0]
+    ended = rounded(Rounding(2), 1.0, 3.0)
+    ended.learn("pact")
+    ended(torch.linspace(-4, 1, 7).requires_grad_()).sum().backward()
+    assert ended.growth is None, "an upper end that is 0"
 
 
-def test_a_learned_zero_point_is_a_whole_number_afterwards():
-    module = rounded(Rounding(4), 0.25, 3.4)
-    x = torch.linspace(-1, 3, 17)
-    before = module(x)
+@settings(max_examples=20, deadline=None)
+@given(
+    how=st.sampled_from(["lsq", "lsq+", "pact"]),
+    scale=st.floats(1e-6, 1e3),
+    slope=st.floats(-1e6, 1e6),
+    optimizer=st.sampled_from(["SGD", "Adam"]),
+)
+def test_no_gradient_makes_a_step_negative_or_moves_it_by_more_than_the_rate(how, scale, slope, optimizer):
+    module = rounded(Rounding(8), scale, 100.0)
+    module.learn(how)
+    made = getattr(torch.optim, optimizer)([p for p in module.parameters() if p.requires_grad], lr=0.05)
+    (module(scale * torch.linspace(-300, 300, 32)) * slope).sum().backward()
+    made.step()
     module.settle()
-    assert module.zero_point.item() == 3
-    torch.testing.assert_close(module(x), before)
+    assert abs(math.log(module.scale.item() / scale)) <= 0.0501
+    assert abs(module.zero_point.item() - 100) <= 20  # a 20th of the range, and of the step
+
+
+def test_what_was_learned_is_kept_and_the_zero_point_is_a_whole_number_within_the_grid():
+    x = torch.linspace(-1, 3, 17)
+    for by, zero_point in ((0.1, 4), (9.0, 0), (-9.0, 15)):
+        module = rounded(Rounding(4), 0.25, 5.0)
+        module.learn("lsq+")
+        module.growth.data.fill_(-0.1)
+        module.offset.data.fill_(by)
+        before = module(x)
+        module.settle()
+        assert module.scale.item() == pytest.approx(0.25 * math.exp(-0.1))
+        assert module.zero_point.item() == zero_point
+        assert torch.equal(module(x), before)
+        assert set(module.state_dict()) == {"scale", "zero_point"}
+
+
+def test_an_offset_that_is_learned_finds_the_range_that_a_step_alone_cannot():
+    x = 2 + 3 * torch.randn(512, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for how in ("lsq", "lsq+"):
+        for optimizer, rate in ((torch.optim.Adam, 0.01), (torch.optim.SGD, 0.05)):
+            module = rounded(Rounding(4), 0.8, 10.0)
+            module.learn(how)
+            made = optimizer([p for p in module.parameters() if p.requires_grad], lr=rate)
+            for _ in range(200):
+                made.zero_grad()
+                (module(x[None]) - x).square().mean().backward()
+                made.step()
+            module.settle()
+            errors[how, optimizer] = float((module(x) - x).square().mean())
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):
+        assert errors["lsq+", optimizer] < 0.8 * errors["lsq", optimizer]
 
 
 def test_a_dynamic_range_is_that_of_the_call():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from dataclasses import replace
@@ -649,15 +650,74 @@ def test_a_train_without_a_loss_cannot_distil():
         fw.compress(model, quantize.QAT(distill=True), task=task)
 
 
-def test_training_that_diverges_is_said():
-    def ruin(model: nn.Module, epochs: float) -> None:
+@pytest.mark.parametrize("factor", [math.nan, -1e9])
+def test_training_that_diverges_is_said_with_the_place(factor):
+    def ruin(model: nn.Module, epochs: float, loss: object = None) -> None:
         for name, p in model.named_parameters():
-            if name.endswith("quantizers.relu.scale"):
-                p.data.neg_()
+            if "quantizers.relu." in name:  # in a distillation of a network that is inside another
+                p.data.fill_(factor)
 
     model = make(Residual)
-    with pytest.raises(TaskError, match="not positive: lower its learning rate"):
-        fw.compress(model, quantize.QAT(), task=task_of(model, train=ruin))
+    for distill in (True, False):
+        with pytest.raises(TaskError, match=r"in [\w.]*quantizers\.relu\.\w+(, .*)?: lower its learning rate"):
+            fw.compress(model, quantize.QAT(distill=distill), task=task_of(model, train=ruin))
+
+
+class Pooled(nn.Module):
+    """Small numbers behind a pool, and a large loss: (samples, 3, 8, 8) → (samples, 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        silu = nn.functional.silu
+        return self.head(silu(self.two(silu(self.one(x)))).mean((2, 3)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(8))
+
+
+def trained(learn: str, bits: int, optimizer: str, rate: float, seed: int = 0) -> tuple[fw.Compressed, float]:
+    """A network of asymmetric activations, and the loss that its training ended with."""
+    x = Pooled.data(64)
+    right = (x.mean((2, 3)).sum(1) * 20).long() % 7
+
+    def train(model: nn.Module, epochs: float) -> None:
+        made = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], lr=rate)
+        falls = torch.optim.lr_scheduler.LinearLR(made, 1.0, 0.02, 60)
+        for _ in range(60):
+            made.zero_grad()
+            nn.functional.cross_entropy(10 * model(x), right).backward()
+            made.step()
+            falls.step()
+
+    step = quantize.QAT(bits=bits, activation_bits=bits, learn=learn)
+    small = fw.compress(make(Pooled, seed), step, task=fw.Task(x[:1], calibration=x.split(16), train=train))
+    return small, float(nn.functional.cross_entropy(10 * run(small.model, x), right))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("optimizer", "rate"), [("SGD", 0.02), ("Adam", 0.01)])
+def test_steps_of_every_size_are_learned_at_ordinary_rates(bits, optimizer, rate):
+    held = trained("nothing", bits, optimizer, rate)[1]
+    for learn in ("lsq", "lsq+", "pact"):
+        assert trained(learn, bits, optimizer, rate)[1] < held + 0.1
+
+
+def test_offsets_that_are_learned_end_elsewhere_and_better_than_steps_alone():
+    losses = []
+    for seed in range(3):
+        (alone, loss_alone), (both, loss) = (trained(learn, 4, "Adam", 0.003, seed) for learn in ("lsq", "lsq+"))
+        ends = [
+            {n: float(m.zero_point.detach()) for n, m in small.model.named_modules() if isinstance(m, Rounded)}
+            for small in (alone, both)
+        ]
+        assert ends[0] != ends[1]
+        assert not torch.equal(run(both.model, Pooled.data(8)), run(alone.model, Pooled.data(8)))
+        losses.append((loss_alone, loss))
+    assert sum(loss for _, loss in losses) < sum(loss for loss, _ in losses)
 
 
 # Biases are rounded in the end, in steps that are the coarser the fewer bits the numbers they are added to have.
