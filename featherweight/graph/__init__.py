@@ -8,6 +8,7 @@ from featherweight.graph.module import ModelGraph, graph_module
 from featherweight.graph.narrow import Narrowed, Narrowing, Unfaithful, narrow
 from featherweight.graph.optimizer import narrow_optimizer
 from featherweight.graph.trace import GraphError, Trace, capture
+from featherweight.graph.verify import norms_over_kept
 
 __all__ = [
     "Behind",
@@ -28,6 +29,7 @@ __all__ = [
     "graph_module",
     "narrow",
     "narrow_optimizer",
+    "norms_over_kept",
     "put_on_edges",
     "value_names",
     "weight_of",

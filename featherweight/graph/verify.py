@@ -8,7 +8,7 @@ network does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,17 +20,13 @@ from featherweight.batch import Inputs
 from featherweight.graph.coupling import Coupling
 from featherweight.graph.rewrite import Mask
 from featherweight.graph.rules import operation_of
-from featherweight.graph.rules.reduction import statistic
-from featherweight.graph.trace import quiet
+from featherweight.graph.rules.call import arguments
+from featherweight.graph.rules.reduction import along, statistic
+from featherweight.graph.trace import module_of, quiet, source_of
 
-# Operations for which masking is not removal, with what the reference does instead.
-RESTRICTED = {
-    "layer_norm": "statistics over what was kept",
-    "rms_norm": "statistics over what was kept",
-    "group_norm": "statistics over what was kept of every group",
-    "mean": "of a norm written out: over what was kept; of anything else, zeros count",
-    "_weight_norm": "a removed row is 0, not 0 / 0",
-}
+# Operations for which masking is not removal. Norms take statistics over what was kept, and so do means if they are of
+# a norm written out; of a weight norm a removed row is 0, not 0 / 0.
+RESTRICTED = ("layer_norm", "rms_norm", "group_norm", "mean", "_weight_norm")
 
 _WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
@@ -91,23 +87,11 @@ class Masked(fx.Interpreter):
 
     def _over_kept(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A norm over what was kept, with zeros where slices went."""
-        operation = operation_of(node)
-        x = args[0]
-        axes = self._coupling.analysis.values[node.args[0]]  # type: ignore[index]
-        assert isinstance(axes, tuple)
-        if operation == "mean" and not statistic(node):
+        operation, x = operation_of(node), args[0]
+        dims, kept = _normed(self._coupling, node, self._lost)
+        if not kept:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        if operation == "group_norm":
-            dims = [1]
-        elif operation == "mean":
-            given = args[1] if len(args) > 1 else kwargs.get("dim")
-            dims = [d % x.ndim for d in given] if given else list(range(x.ndim))
-        else:
-            dims = list(range(x.ndim - len(args[1]), x.ndim))
-        kept = {d: self._coupling.stays(axes[d].rows, self._lost) for d in dims}
-        narrow = {d: torch.from_numpy(stays).nonzero().reshape(-1) for d, stays in kept.items() if not stays.all()}
-        if not narrow:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        narrow = {d: torch.from_numpy(stays).nonzero().reshape(-1) for d, stays in kept.items()}
         rest = list(args[1:])
         for d, indices in narrow.items():
             x = x.index_select(d, indices)
@@ -121,7 +105,7 @@ class Masked(fx.Interpreter):
             return made
         for d, indices in reversed(narrow.items()):
             shape = list(made.shape)
-            shape[d] = len(kept[d])
+            shape[d] = args[0].shape[d]
             made = made.new_zeros(shape).index_copy(d, indices, made)
         return made
 
@@ -205,8 +189,31 @@ def in_double(module: nn.Module) -> nn.Module:
     return made
 
 
-def restrict_note(coupling: Coupling) -> Mapping[str, str]:
-    """Of the operations for which masking is not removal, those that this network has."""
-    graph = coupling.analysis.trace.graph.graph
-    present = {operation_of(node) for node in graph.nodes if node.op == "call_function"}
-    return {name: note for name, note in RESTRICTED.items() if name in present}
+def norms_over_kept(coupling: Coupling, kept: Mapping[str, Sequence[int]]) -> list[str]:
+    """Where norms take their statistics over fewer slices than before: modules, or lines of the user's code.
+
+    Args:
+        coupling: of the network.
+        kept: by group name, the units that stay.
+    """
+    lost, nodes = coupling.lost(kept), coupling.analysis.trace.graph.graph.nodes
+    found = [n for n in nodes if n.op == "call_function" and _normed(coupling, n, lost)[1]]
+    return list(dict.fromkeys(module_of(node) or source_of(node) for node in found))
+
+
+def _normed(coupling: Coupling, node: fx.Node, lost: Mask) -> tuple[list[int], dict[int, Mask]]:
+    """The dimensions that a norm takes statistics over; of those that lose slices, which indices stay."""
+    operation, x = operation_of(node), node.args[0] if node.args else None
+    axes = coupling.analysis.values.get(x) if isinstance(x, fx.Node) else None
+    if not isinstance(axes, tuple):
+        return [], {}
+    if operation == "group_norm":
+        dims = [1]
+    elif operation in ("layer_norm", "rms_norm"):
+        dims = list(range(len(axes) - len(arguments(node)["normalized_shape"]), len(axes)))
+    elif operation == "mean" and statistic(node):
+        dims = sorted(along(node))
+    else:
+        return [], {}
+    kept = {d: coupling.stays(axes[d].rows, lost) for d in dims}
+    return dims, {d: stays for d, stays in kept.items() if not stays.all()}

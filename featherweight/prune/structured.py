@@ -39,7 +39,18 @@ from featherweight.curvature.solve import damp, least_squares
 from featherweight.edits import Edit, Leave, Narrow
 from featherweight.errors import BudgetError, RecipeError
 from featherweight.forms import Layer, is_layer
-from featherweight.graph import Behind, Group, ModelGraph, Narrowed, Site, Unfaithful, behind, couple, narrow
+from featherweight.graph import (
+    Behind,
+    Group,
+    ModelGraph,
+    Narrowed,
+    Site,
+    Unfaithful,
+    behind,
+    couple,
+    narrow,
+    norms_over_kept,
+)
 from featherweight.layers import PerLayer, for_layer, matches, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
@@ -282,8 +293,9 @@ class Structured(Step):
                 note = f"the narrowed model is a captured graph, no longer of its own class: {made.narrowing.why}"
                 if not (trace := work.coupling.analysis.trace).dynamic:
                     note += f". It takes only batches of {trace.inputs.batch_size}, the example's: {trace.note}"
-            if note not in study.notes:
-                study.notes.append(note)
+            norms = norms_over_kept(work.coupling, kept)
+            kept_only = f"norms take their statistics over what was kept, not over zeros too: {_some(norms)}"
+            study.notes += [said for said in ([kept_only] if norms else []) + [note] if said not in study.notes]
         yield from (Leave(name, reason) for name, reason in (left or {}).items())
 
     def _heal(self, study: Study, work: _Work, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:

@@ -9,7 +9,7 @@ from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, assert_equals_masked, con
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from featherweight.graph import couple, narrow
+from featherweight.graph import couple, narrow, norms_over_kept
 
 
 @pytest.mark.parametrize("name", CONSTRUCTS)
@@ -164,7 +164,8 @@ def test_norms_written_out_take_all_their_statistics_over_what_is_kept(name):
     forward, centres = WRITTEN_OUT[name]
     model = channels_of(lambda s, x: s.c(forward(s, x)))
     keep = [0, 3, 4]
-    narrowed = narrow(model, couple(model, example(IMAGE)), {"a channels": keep})
+    coupling = couple(model, example(IMAGE))
+    narrowed = narrow(model, coupling, {"a channels": keep})
     x = example(IMAGE).args[0]
     y = model.a(x)[:, keep].movedim(1, -1)
     made = F.layer_norm(y, (3,), eps=1e-6) if centres else F.rms_norm(y, (3,), eps=1e-6)
@@ -172,6 +173,9 @@ def test_norms_written_out_take_all_their_statistics_over_what_is_kept(name):
     expected = F.conv2d(made, model.c.weight[:, keep], model.c.bias)
     assert torch.allclose(narrowed.module(x), expected, rtol=1e-6)
     assert narrowed.narrowing.form == "module"
+    assert all(".py:" in place for place in norms_over_kept(coupling, {"a channels": keep}))
+    assert norms_over_kept(coupling, {"a channels": keep})
+    assert not norms_over_kept(coupling, {})
 
 
 def centre_used_again(s, x):

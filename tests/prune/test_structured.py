@@ -460,6 +460,23 @@ def test_ignored_layers_lose_no_output_nor_does_what_goes_with_them():
     }
 
 
+class Normed(Wide):
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = nn.LayerNorm(40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.one(x)))
+        return self.head(self.over(self.hidden(torch.relu(self.two(x)).mean((2, 3)))))
+
+
+def test_norms_over_what_was_kept_are_named_where_they_lose_something():
+    model = make(Normed)
+    said = "norms take their statistics over what was kept, not over zeros too: over"
+    assert said in fw.compress(model, prune.Neurons(ratio=0.5), task=task_of(model)).ledger.steps[0].notes
+    assert "statistics over what" not in notes(fw.compress(model, prune.Filters(ratio=0.5), task=task_of(model)))
+
+
 class Flipped(Wide):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.one(x))).flip(1)

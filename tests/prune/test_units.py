@@ -101,7 +101,7 @@ def test_members_have_the_energy_of_all_slices(branches):
     [
         (nn.Conv2d(4, 2, 3), True),
         (nn.ConvTranspose2d(4, 2, 3), False),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 3)), False),
+        (nn.utils.parametrize.register_parametrization(nn.Conv2d(4, 2, 3), "weight", nn.Tanh()), False),
         (nn.Conv2d(4, 4, 3, groups=4), False),
     ],
     ids=["plain", "transposed", "parametrized", "depthwise"],

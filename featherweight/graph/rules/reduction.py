@@ -129,7 +129,7 @@ def _centre(node: fx.Node, like: fx.Node) -> fx.Node | None:
     of, centre = (_uncast(n) for n in node.args)
     if not isinstance(centre, fx.Node) or centre.op != "call_function" or operation_of(centre) != "mean":
         return None
-    return centre if _along(centre) == _along(like) and _uncast(centre.args[0]) is of else None
+    return centre if along(centre) == along(like) and _uncast(centre.args[0]) is of else None
 
 
 def _uncentred(node: fx.Node, like: fx.Node) -> Any:
@@ -137,7 +137,7 @@ def _uncentred(node: fx.Node, like: fx.Node) -> Any:
     return _uncast(node) if _centre(node, like) is None else _uncast(_uncast(node).args[0])
 
 
-def _along(mean: fx.Node) -> set[int]:
+def along(mean: fx.Node) -> set[int]:
     """The dimensions a mean is taken along."""
     ndim, given = mean.args[0].meta["val"].ndim, arguments(mean).get("dim")  # type: ignore[union-attr]
     return {d % ndim for d in given} if given else set(range(ndim))
