@@ -70,7 +70,7 @@ def _keep_what_weights_depend_on(analysis: Analysis) -> None:
     own: dict[fx.Node, set[fx.Node]] = {}  # what is computed from parameters alone, with the sums it depends on
     for node in analysis.trace.graph.graph.nodes:
         before = node.all_input_nodes
-        if node.op == "get_attr" or (before and node.op == "call_function" and all(n in own for n in before)):
+        if node.op == "get_attr" or (node.op == "call_function" and all(n in own for n in before)):
             own[node] = ({node} & analysis.sums.keys()).union(*(own[n] for n in before))
             continue
         for weight in (n for n in _weights(node) if own.get(n)):
