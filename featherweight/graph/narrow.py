@@ -8,9 +8,10 @@ model's place, for models that have sizes written into their code.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -24,11 +25,15 @@ from featherweight.errors import ArtifactError
 from featherweight.graph import rewrite, verify
 from featherweight.graph.coupling import Coupling, couple
 from featherweight.graph.rewrite import Mask
-from featherweight.graph.trace import GraphError
+from featherweight.graph.rules import operation_of
+from featherweight.graph.trace import GraphError, capture, source_of
 
 Form = Literal["module", "graph"]
+_Value: TypeAlias = int | tuple[int, ...]  # what an attribute says
+_Name: TypeAlias = tuple[str, str]  # of a class, and of an attribute of it
 
 _SMALL = 30_000_000  # parameters: up to here answers are compared in float64
+_TRIES = 64  # choices of attributes that are tried where not all of those that equal a width can change
 _SAME = 1e-6  # largest relative difference of both forms there: code that casts to float32 by name rounds differently
 
 
@@ -67,7 +72,7 @@ class Narrowing:
     kept: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, Mapping[int, tuple[int, ...]]]
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, _Value]] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def narrow(
 def _as_module(
     model: nn.Module, coupling: Coupling, plan: Narrowing, numbers: Mapping[str, list[Any]], graph: nn.Module
 ) -> tuple[nn.Module | None, Narrowing, str]:
-    """The module form if it answers as the graph does: with sure changes of attributes first, then with likely ones."""
+    """The module form if it answers as the graph does, with as few changes of attributes as that takes."""
     registered = {name for name, _ in _registered(model)}
     loose = [name for name in (*plan.tensors, *plan.values) if name not in registered]
     if loose:
@@ -219,33 +224,96 @@ def _as_module(
         return None, plan, changed[0]
     meta = batch.device_of(model).type == "meta"
     small = sum(t.numel() for t in model.parameters()) <= _SMALL
-    inputs = _inputs(coupling, double=small)
-    expected = None if meta else verify.answers(verify.in_double(graph) if small else graph, inputs)
-    why = ""
-    for bold in (False, True):
-        attributes = _attributes(model, plan, numbers, bold=bold)
-        candidate = replace(
-            plan, form="module", why="its own parameters and attributes are enough", attributes=attributes
-        )
+    small = small and not meta
+    inputs = coupling.analysis.trace.inputs if meta else _inputs(coupling, double=small)
+    expected = verify.answers(verify.in_double(graph) if small else graph, inputs)
+    sure, likely = _attributes(model, plan, numbers)
+    refused: list[str] = []
+
+    def candidate(names: Collection[_Name]) -> Narrowing:
+        made = {path: dict(changes) for path, changes in sure.items()}
+        for name in names:
+            for path, value in likely[name].items():
+                made.setdefault(path, {})[name[1]] = value
+        return replace(plan, form="module", why="its own parameters and attributes are enough", attributes=made)
+
+    def works(names: Collection[_Name]) -> bool:
+        """Whether the module answers as the graph does; if not, why is noted."""
         try:
-            module = _module_form(model, candidate)
+            module = _module_form(model, candidate(names))
             with batch.mode(module, training=False):
-                if meta:
-                    with torch.no_grad():
-                        coupling.analysis.trace.inputs.into(module)
-                    return module, candidate, ""
                 given = verify.answers(verify.in_double(module) if small else module, inputs)
-                assert expected is not None
-                difference = verify.distance(given, expected)
-            if difference <= (_SAME if small else 1e-4):
-                return module, candidate, ""
-            why = why or "sizes that its code computes with have changed the answer"
+            if meta:
+                same = [t.shape for t in given] == [t.shape for t in expected]
+            else:
+                same = verify.distance(given, expected) <= (_SAME if small else 1e-4)
+            if same:
+                return True
+            refused.append("sizes that its code computes with have changed the answer")
         except Exception as error:  # the model's own code may raise anything when its sizes change
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            why = f"its code has sizes written into it: {(lines or [type(error).__name__])[0][:160]}"
-        if not any(attributes.values()):
-            continue
-    return None, plan, why
+            refused.append(f"its code has sizes written into it: {(lines or [type(error).__name__])[0][:160]}")
+        return False
+
+    needed = _fewest(sorted(likely), works)
+    if needed is None:
+        return None, plan, refused[0]
+    module = _module_form(model, candidate(needed))
+    if needed and (why := _elsewhere(coupling, plan, module)):
+        names = ", ".join(sorted({f"{_plain(likely[name])}{name[1]}" for name in needed}))
+        return None, plan, f"what {names} says is a width, and is used for something else too: {why}"
+    return module, candidate(needed), ""
+
+
+def _plain(changes: Mapping[str, Any]) -> str:
+    path = min(changes)
+    return f"{path}." if path else ""
+
+
+def _fewest(names: Sequence[_Name], works: Callable[[Collection[_Name]], bool]) -> list[_Name] | None:
+    """Names without any of which it would not work; None if no choice that is tried works.
+
+    A number that equals a width may mean something else, which an example need not show: what can stay as it is stays.
+    """
+    needed = list(names)
+    if not works(needed):
+        tried = (list(some) for count in range(len(names)) for some in itertools.combinations(names, count))
+        return next((some for some in itertools.islice(tried, _TRIES) if works(some)), None)
+    for name in names:
+        if works(fewer := [other for other in needed if other != name]):
+            needed = fewer
+    return needed
+
+
+def _elsewhere(coupling: Coupling, plan: Narrowing, module: nn.Module) -> str:
+    """Where a narrowed module computes with other numbers than before on what was not narrowed; empty if nowhere.
+
+    There the example's answers may well be the same: a window of 8 in the place of one of 16, over 8 positions.
+    """
+    analysis = coupling.analysis
+    lost = coupling.lost(plan.kept)
+    try:
+        again = capture(module, analysis.trace.inputs, dynamic_batch=analysis.trace.dynamic)
+    except GraphError as error:
+        return str(error)
+
+    def calls(graph: fx.GraphModule) -> list[fx.Node]:
+        return [
+            n for n in graph.graph.nodes if n.op == "call_function" and operation_of(n) != "_assert_tensor_metadata"
+        ]
+
+    before, after = calls(analysis.trace.graph), calls(again.graph)
+    if [operation_of(node) for node in before] != [operation_of(node) for node in after]:
+        return "its code takes another way"
+
+    def written(node: fx.Node) -> list[Any]:
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        return [type(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
+    for old, new in zip(before, after, strict=True):
+        if written(old) != written(new) and not rewrite.resized(coupling, lost, old):
+            return source_of(old)
+    return ""
 
 
 def _registered(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -291,14 +359,17 @@ def _module_form(model: nn.Module, plan: Narrowing) -> nn.Module:
 
 
 def _attributes(
-    model: nn.Module, plan: Narrowing, numbers: Mapping[str, list[Any]], *, bold: bool
-) -> dict[str, dict[str, int | tuple[int, ...]]]:
-    """The attributes that change with the sizes.
+    model: nn.Module, plan: Narrowing, numbers: Mapping[str, list[Any]]
+) -> tuple[dict[str, dict[str, _Value]], dict[_Name, dict[str, _Value]]]:
+    """The attributes that may change with the sizes.
 
-    Of PyTorch's own layers those that say their sizes. Of other modules every number that equals one which their
-    forward used and which has changed; where the same number was used twice and changed once, only if `bold`.
+    Returns:
+        Of PyTorch's own layers those that say their sizes, by module name; and of other modules every number that
+        equals one which has changed in their forward, by class and attribute (modules of a class are alike), and
+        module name.
     """
-    made: dict[str, dict[str, int | tuple[int, ...]]] = {}
+    sure: dict[str, dict[str, _Value]] = {}
+    likely: dict[_Name, dict[str, _Value]] = {}
     lengths = {name: {d: len(kept) for d, kept in dims.items()} for name, dims in plan.tensors.items()}
     first: dict[int, str] = {}
     for name, tensor in _registered(model):
@@ -311,21 +382,21 @@ def _attributes(
     for path, module in model.named_modules(remove_duplicate=False):
         pairs = set(numbers.get(path, ()))
         changes = _sizes_of(module, shape, pairs)
+        present = {n: getattr(module, n, None) for n in changes}
+        if different := {
+            n: v for n, v in changes.items() if (tuple(p) if isinstance(p := present[n], list) else p) != v
+        }:
+            sure[path] = different
         if not type(module).__module__.startswith("torch.nn."):
             for name, value in vars(module).items():
                 if name in changes or (name.startswith("_") and not name.startswith("_num")):
                     continue
-                new = _translated(value, pairs, bold=bold)
-                if new is not None:
-                    changes[name] = new
-        present = {n: getattr(module, n, None) for n in changes}
-        changes = {n: v for n, v in changes.items() if (tuple(p) if isinstance(p := present[n], list) else p) != v}
-        if changes:
-            made[path] = changes
-    return made
+                if (new := _translated(value, pairs)) is not None:
+                    likely.setdefault((type(module).__qualname__, name), {})[path] = new
+    return sure, likely
 
 
-def _sizes_of(module: nn.Module, shape: Any, pairs: set[tuple[int, int]]) -> dict[str, int | tuple[int, ...]]:
+def _sizes_of(module: nn.Module, shape: Any, pairs: set[tuple[int, int]]) -> dict[str, _Value]:
     """What PyTorch's own layers say of their sizes, from the new shapes of their weights."""
     weight = getattr(module, "weight", None) if "weight" in module._parameters else None
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
@@ -361,21 +432,19 @@ def _sizes_of(module: nn.Module, shape: Any, pairs: set[tuple[int, int]]) -> dic
             {"kdim": width[0], "vdim": width[0]} if module._qkv_same_embed_dim else {}
         )
     if isinstance(module, nn.Unflatten) and isinstance(module.unflattened_size, (tuple, list)):
-        new = _translated(tuple(module.unflattened_size), pairs, bold=False)
+        new = _translated(tuple(module.unflattened_size), pairs)
         return {} if new is None else {"unflattened_size": new}
     return {}
 
 
-def _translated(value: Any, pairs: set[tuple[int, int]], *, bold: bool) -> int | tuple[int, ...] | None:
+def _translated(value: Any, pairs: set[tuple[int, int]]) -> _Value | None:
     """A number, or several, with those that changed replaced; None where none did."""
     if isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
-        made = tuple(_translated(v, pairs, bold=bold) or v for v in value)
+        made = tuple(_translated(v, pairs) or v for v in value)
         return made if made != tuple(value) else None  # type: ignore[return-value]
     if type(value) is not int or value < 2:
         return None
     became = {new for old, new in pairs if old == value}
-    if not bold and value in became:
-        return None
     became -= {value}
     return became.pop() if len(became) == 1 else None
 

@@ -259,6 +259,17 @@ def _squeeze(site: Site) -> None:
     site.new.args, site.new.kwargs = (site.new.args[0], [d for d in dims if len(x[d]) == 1]), {}
 
 
+def resized(coupling: Coupling, lost: Mask, node: fx.Node) -> bool:
+    """Whether numbers of an operation say sizes that the lost labels change: of a slice, along its own dimension."""
+    if operation_of(node) not in REWRITES:
+        return False
+    values = [coupling.analysis.values.get(n) for n in (*node.all_input_nodes, node)]
+    tensors = [v for value in values for v in (value if isinstance(value, list) else [value]) if isinstance(v, tuple)]
+    if operation_of(node) in ("slice", "narrow", "select"):
+        tensors = [axes[arguments(node)["dim"] % len(axes) :][:1] for axes in tensors[:1]]
+    return any(not coupling.stays(axis.rows, lost).all() for axes in tensors for axis in axes)
+
+
 def renumbered(coupling: Coupling, lost: Mask) -> dict[str, list[int]]:
     """Tensors of indices into dimensions that lose slices: their numbers, counted anew, by tensor name."""
     made: dict[str, list[int]] = {}

@@ -44,6 +44,7 @@ from featherweight.graph import (
     Group,
     ModelGraph,
     Narrowed,
+    Narrowing,
     Site,
     Unfaithful,
     behind,
@@ -276,6 +277,13 @@ class Structured(Step):
                 continue
             work.check_batches(made.module)
             edit = Narrow(made.narrowing)
+            note = "the model's own class was kept"
+            if rewritten := _rewritten(study.model, made.narrowing):
+                note += f", with attributes that say a width rewritten: {_some(rewritten)}"
+            if made.narrowing.form == "graph":
+                note = f"the narrowed model is a captured graph, no longer of its own class: {made.narrowing.why}"
+                if not (trace := work.coupling.analysis.trace).dynamic:
+                    note += f". It takes only batches of {trace.inputs.batch_size}, the example's: {trace.note}"
             if self.budget is None or self.budget.drop is None:
                 yield edit
                 step._heal(now, work, study.model, kept)
@@ -288,11 +296,6 @@ class Structured(Step):
                     break
                 yield edit
                 study.model.load_state_dict(trial.state_dict())
-            note = "the model's own class was kept"
-            if made.narrowing.form == "graph":
-                note = f"the narrowed model is a captured graph, no longer of its own class: {made.narrowing.why}"
-                if not (trace := work.coupling.analysis.trace).dynamic:
-                    note += f". It takes only batches of {trace.inputs.batch_size}, the example's: {trace.note}"
             norms = norms_over_kept(work.coupling, kept)
             kept_only = f"norms take their statistics over what was kept, not over zeros too: {_some(norms)}"
             study.notes += [said for said in ([kept_only] if norms else []) + [note] if said not in study.notes]
@@ -994,6 +997,17 @@ class _Beside:
         """Watch no longer."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _rewritten(model: nn.Module, narrowing: Narrowing) -> list[str]:
+    """What a narrowing changes in attributes of the model's own classes, before it is applied."""
+    found = []
+    for path, changes in narrowing.attributes.items():
+        module = model.get_submodule(path)
+        if not type(module).__module__.startswith("torch.nn."):
+            name = f"{path}." if path else ""
+            found += [f"{name}{attribute} {getattr(module, attribute)} → {new}" for attribute, new in changes.items()]
+    return found
 
 
 def _key(kept: Mapping[str, Sequence[int]]) -> str:

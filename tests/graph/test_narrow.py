@@ -340,3 +340,52 @@ def test_tokens_that_no_sample_uses_may_stay():
     _, _, narrowed = half(build(), shape)
     assert shape == TOKENS
     assert narrowed.module.position.shape[1] == 7
+
+
+class Windowed(nn.Module):
+    """Of the last tokens those in a window; its numbers are as large as its width, whatever they say."""
+
+    def __init__(self, *, window: str = "window", classes: bool = False) -> None:
+        super().__init__()
+        self.width = self.window = self.classes = 16
+        self._window, self._classes = window, classes
+        self.embed, self.qkv = nn.Linear(10, 16), nn.Linear(16, 48)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x[:, -getattr(self, self._window) :]
+        q, k, v = self.qkv(self.embed(x)).split(self.width, 2)
+        made = self.head((q * 0.3 + k.relu()) * v)
+        if self._classes:
+            chosen = F.one_hot(x.argmax(-1) + 6, self.classes).to(x)
+            made = made + chosen.sum(-1, keepdim=True)
+        return made.mean(1)
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_only_numbers_that_are_the_width_change(classes):
+    model = randomised(Windowed(classes=classes))
+    coupling = couple(model, example(TOKENS))
+    narrowed = narrow(model, coupling, some(coupling))
+    assert narrowed.narrowing.form == "module"
+    assert narrowed.narrowing.attributes[""] == {"width": 8}
+    longer = example((2, 16, 10), seed=1)
+    expected = masked(model, narrowed.narrowing)(*longer.args)
+    assert torch.allclose(narrowed.module(*longer.args), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_number_that_is_the_width_and_something_else_leaves_only_the_graph():
+    model = randomised(Windowed(window="width"))
+    coupling = couple(model, example(TOKENS))
+    narrowed = narrow(model, coupling, some(coupling))
+    assert narrowed.narrowing.form == "graph"
+    assert "width says is a width, and is used for something else too: test_narrow.py:" in narrowed.narrowing.why
+    assert_equals_masked(model, example(TOKENS), narrowed)
+
+
+def test_attributes_are_found_on_the_meta_device_too():
+    model = Windowed(classes=True).to("meta")
+    inputs = Inputs((torch.empty(TOKENS, device="meta"),))
+    coupling = couple(model, inputs)
+    narrowing = narrow(model, coupling, some(coupling)).narrowing
+    assert (narrowing.form, narrowing.attributes[""]) == ("module", {"width": 8})

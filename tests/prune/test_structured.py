@@ -1004,3 +1004,25 @@ def test_units_of_weights_that_no_layer_holds_are_scored_and_go(score):
     assert shapes["scale"] == (6, 3)
     assert shapes["position"] == (1, 32, 6)
     assert compressed.model(Experts.data(2).repeat(1, 2, 1)).shape == (2, 3)
+
+
+class Halved(nn.Module):
+    """A width in an attribute, as large as another number: (samples, 3, 6, 6) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = self.window = 16
+        self.one, self.head = nn.Conv2d(3, 32, 3), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.one(x[..., -self.window :]).split(self.width, 1)
+        return self.head((value * gate.sigmoid()).mean((2, 3)))
+
+
+def test_notes_say_which_attributes_were_rewritten():
+    model = make(Halved)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5), task=fw.Task(Wide.data(1)))
+    assert (compressed.model.width, compressed.model.window) == (8, 16)
+    assert notes(compressed).endswith(
+        "the model's own class was kept, with attributes that say a width rewritten: width 16 → 8"
+    )
