@@ -614,6 +614,8 @@ class _Work:
             layer, seen = self.readers.get(site.layer), self.statistics.get(site.layer)
             if layer is None or seen is None or reader(self.study.original, site) is None:
                 continue
+            if len(set(site.indices.tolist())) < len(site.indices):
+                continue  # each column reads a product of two units, and goes with either
             seen = seen if layer.bias is None else seen.centred()
             weight = layer.weight.detach().reshape(len(seen.gram), -1, seen.gram.shape[-1])
             at = columns(site, group.size, layer.weight[0, 0].numel())

@@ -1026,3 +1026,28 @@ def test_notes_say_which_attributes_were_rewritten():
     assert notes(compressed).endswith(
         "the model's own class was kept, with attributes that say a width rewritten: width 16 → 8"
     )
+
+
+class Gram(nn.Module):
+    """A classifier of products of channels, whose columns each read two: (samples, 3, 6, 6) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.head = nn.Conv2d(3, 12, 3), nn.Linear(144, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x)).flatten(2)
+        return self.head(torch.bmm(x, x.transpose(1, 2)).flatten(1))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return Wide.data(samples)
+
+
+@pytest.mark.parametrize("score", ["loss", "lasso", "activation"])
+def test_channels_that_are_read_in_pairs_are_ranked_without_statistics_of_readers(score):
+    model = make(Gram)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5, score=score), task=task_of(model))
+    assert sizes(compressed)["one"] == 6
+    assert compressed.model.head.weight.shape == (5, 36)
+    assert "ranked by l2, as there are no statistics of what reads them: one channels" in notes(compressed)
