@@ -222,7 +222,7 @@ def _layer_norm(site: Site) -> None:
 def _groups(site: Site) -> None:
     """Of a depthwise convolution, a group goes with its channel."""
     groups, inputs = site.arguments["groups"], site.axes("input")[1]
-    if groups > 1 and groups == len(inputs):
+    if isinstance(groups, int) and groups > 1 and groups == len(inputs):
         set_arguments(site.new, groups=site.count(inputs))
 
 

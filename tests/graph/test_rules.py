@@ -70,6 +70,12 @@ FREEZING = {
         "a sum over slices that are not zero where their weights are"),
     "a view of what is then overwritten": (
         lambda s, x: s.wide(overwritten(s.a(x)).flatten(1)), "it is overwritten in place, in part or through a view"),
+    "coordinates of a grid": (
+        lambda s, x: F.grid_sample(x, s.a(x)[:, :2].permute(0, 2, 3, 1), align_corners=False),
+        "coordinates of positions"),
+    "groups by the batch": (
+        lambda s, x: s.fc(F.conv2d((y := s.a(x)).flatten(0, 1)[None], s.w.repeat(x.shape[0], 1, 1, 1),
+            groups=x.shape[0]).view(y.shape).mean((2, 3))), "number of groups depends on the batch"),
     "the output": (lambda s, x: s.a(x), "it is the network's output"),
 }  # fmt: skip
 

@@ -130,6 +130,10 @@ class Call:
         """An argument, or None where the operation has none of that name."""
         return _number(self._arguments.get(name))
 
+    def computed(self, name: str) -> bool:
+        """Whether an argument is no number of the code, but depends on what goes in."""
+        return isinstance(self._arguments.get(name), fx.Node)
+
     def axes(self, argument: str | fx.Node) -> Axes:
         """The dimensions of a tensor argument."""
         node = self._arguments[argument] if isinstance(argument, str) else argument

@@ -28,6 +28,8 @@ def convolution(call: Call) -> Value:
     x, weight, bias = call.axes("input"), call.axes("weight"), call.given("bias")
     transposed = "transpose" in call.operation or bool(call.get("transposed"))
     groups = call["groups"]
+    if call.computed("groups"):
+        raise Unsupported("a convolution whose number of groups depends on the batch")
     if len(x) != len(weight):
         raise Unsupported("a convolution of an input without a batch dimension")
     call.fix(weight[2:], _KERNEL)
@@ -106,6 +108,8 @@ def group_norm(call: Call) -> Value:
     """Statistics are over the channels of a group: every group keeps the same ones."""
     x = list(call.axes("input"))
     groups = call["num_groups"]
+    if call.computed("num_groups"):
+        raise Unsupported("a group norm whose number of groups depends on the batch")
     if groups > 1:
         call.tie(x[1], groups)
     weight, bias = call.given("weight"), call.given("bias")
@@ -167,10 +171,13 @@ def resampled(call: Call) -> Value:
     """Positions are combined within every channel."""
     x = call.axes(call.node.args[0])  # type: ignore[arg-type]
     name = call.operation
-    places = 2 if name.startswith("grid") else next(int(c) for c in name if c.isdigit())
+    grid = name.startswith("grid")
+    places = len(x) - 2 if grid else next(int(c) for c in name if c.isdigit())
     if len(x) <= places:
         raise Unsupported(f"{name} of an input without channels")
     call.fix(x[-places:], _PLACE)
+    if grid:
+        call.fix(call.axes("grid"), "coordinates of positions")
     if name.startswith("max_unpool"):  # its indices count positions within a channel
         indices = call.axes("indices")
         for one, two in zip(x[:-places], indices[:-places], strict=True):
