@@ -47,6 +47,10 @@ class NoEffect(UserWarning):
     """A step changed nothing; the message says why."""
 
 
+class DropExceeded(UserWarning):
+    """A step did what it could, and the score falls further than its budget allows; the message says how far."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint such as ``"; did you mean 'ratio'?"``, or an empty string when nothing known is close to `word`."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

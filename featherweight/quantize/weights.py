@@ -8,6 +8,7 @@ correction, 2019, arxiv.org/abs/1906.04721); GPTQ; AdaRound; learning the roundi
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.sweeps import Matrix
 from featherweight.edits import Constrain, Edit
+from featherweight.errors import DropExceeded
 from featherweight.forms import Layer
 from featherweight.layerwise import Jointly
 from featherweight.ledger import Snapshot
@@ -36,7 +38,7 @@ class Weights(Rounding):
     """Store weights in fewer bits; activations stay as they are.
 
     With `bits` and a budget of a drop alone, efforts are tried in turn up to the one given, until the score falls no
-    further than that; the best is kept.
+    further than that; the best is kept, with a `DropExceeded` warning where even that falls further.
 
     Attributes:
         effort: how weights are rounded: ``"nearest"``, ``"equalized"`` (the same with channels equalized between layers
@@ -128,7 +130,9 @@ class Weights(Rounding):
         study.notes += [*trial.notes, f"scores by effort: {tried}; {effort} was kept"]
         if study.original_score - score > self.budget.drop:
             lost = study.original_score - score
-            study.notes.append(f"no effort kept the drop within {self.budget.drop:g}: it is {lost:.4g}")
+            missed = f"no effort kept the drop within {self.budget.drop:g}: it is {lost:.4g}"
+            study.notes.append(missed)
+            warnings.warn(f"{self.name}: {missed}; give more bits or a larger drop", DropExceeded, stacklevel=6)
         # The trial's values come all at once: more than its edits hold were changed.
         yield from (replace(edit, values=None) if isinstance(edit, Constrain) else edit for edit in done)
         study.model.load_state_dict(trial.model.state_dict())

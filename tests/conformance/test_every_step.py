@@ -39,6 +39,9 @@ from featherweight.recipe import every_step
 from featherweight.retraining import Retraining
 from featherweight.step import Stage, Step
 
+# A drop of nothing is asked for so that all efforts are tried.
+pytestmark = pytest.mark.filterwarnings("ignore::featherweight.errors.DropExceeded")
+
 LAYERWISE: dict[str, dict[str, Any]] = {
     "optimal": {"budget": fw.Budget(macs=0.6)},
     "greedy": {"budget": fw.Budget(params=0.7), "select": fw.Greedy(candidates=4)},
