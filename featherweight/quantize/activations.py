@@ -47,7 +47,8 @@ class Activations(Step):
     """A technique that rounds activations and weights alike.
 
     Attributes:
-        bits: of the weights, 2 to 8 or 16: for all layers, or by pattern of their names.
+        bits: of the weights, 2 to 8 or 16: for all layers, or by pattern of their names, where layers that no pattern
+            names get 8; `ignore` is what leaves layers alone.
         target: the runtime that it is made for: it decides where numbers are rounded, and how. The name of one of
             `TARGETS`, or a `Target`, in recipes a mapping of its fields.
         headroom: whether weights of 8 bits get 7, so that the sum of two products fits into 16 bits; None for where the

@@ -53,7 +53,7 @@ class QAT(Activations):
     kernels will have them. With loss scaling (fp16) that bound is lower by the scale.
 
     Attributes:
-        activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names.
+        activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names; 8 for the others.
         epochs: of training.
         learn: of the grids: ``"lsq"`` (every step), ``"lsq+"`` (steps, and the activations' offsets), ``"pact"``
             (where activations are cut off; weights' steps as in LSQ) or ``"nothing"`` (ranges stay as they were found).

@@ -72,8 +72,8 @@ class Rounding(Layerwise):
 
     Attributes:
         bits: of every weight: 2 to 8 or 16 on a grid with a scale; 1 for two values; ``"ternary"`` for three; or a
-            type: ``"fp16"``, ``"bf16"``, ``"e4m3"``, ``"e5m2"``; instead of a budget; per layer where it is a mapping,
-            and layers it does not name stay.
+            type: ``"fp16"``, ``"bf16"``, ``"e4m3"``, ``"e5m2"``; instead of a budget; per layer where it is a mapping.
+            Layers that it does not name stay in floating point, and ``"*"`` names all that are left.
         offer: the bits among which a budget chooses.
         symmetric: whether grids have no zero point; per layer where it is a mapping.
         granularity: what has a scale of its own, ``"channel"`` (every output) or ``"tensor"``; per layer where it is a

@@ -44,7 +44,7 @@ class Static(Activations):
     those of 16 by OpenVINO too. Biases are rounded as integer kernels have them, in steps of the two scales' product.
 
     Attributes:
-        activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names.
+        activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names; 8 for the others.
         ranges: of activations: ``"mse"`` (least squared error), ``"min-max"``, ``"average"`` (a running average of
             batches), ``"percentile"`` (99.99 % of the values) or ``"entropy"`` (least divergence).
         weight_ranges: ``"mse"`` or ``"min-max"``.
