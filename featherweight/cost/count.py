@@ -244,8 +244,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.running = [(rows[0], 0)]  # rows, the innermost call last, with what they had written before that call
         self.order: dict[str, _Row] = {}
         self.of_graph = isinstance(model, fx.GraphModule)
-        self.owners = {id(part): row for row in rows if row.whole for part in row.modules()}
-        self.weights = {_place(p): row for row in reversed(rows) if row.whole for p in row.parameters()}
+        self.owners = {id(part): row for row in rows for part in row.modules()}
+        # Of a tensor that several hold, the first layer's, or else the first module's.
+        by_right = sorted(rows, key=lambda row: not row.whole)
+        self.weights = {_place(p): row for row in reversed(by_right) for p in row.parameters()}
         self.read: set[int | None] = set()
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.alive_bytes = 0
@@ -299,6 +301,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         read = {_place(tensor) for tensor in batch.tensors_in((args, kwargs))}
         self.read |= read
+        for tensor in batch.tensors_in(operations.results(operation, out)):
+            if (place := _place(tensor)) not in read:
+                self.weights.pop(place, None)  # a tensor that a constraint had made was there, and is gone
         if self.confining:
             return
         writes, in_place = not operations.writes_nothing(operation), operations.is_in_place(operation)

@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from featherweight.batch import Inputs
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, Profile, price, profile
+from featherweight.edits import Constrain, Quantize, as_graph
 from featherweight.errors import TaskError
+from featherweight.forms import Grid, Rounding
 
 
 def profiled(model: nn.Module, *args: Any, **kwargs: Any) -> Profile:
@@ -726,6 +728,35 @@ def test_work_after_an_error_that_the_model_caught_is_booked_where_it_belongs() 
 
     found = profiled(nn.Sequential(Careful()), torch.ones(1, 4))
     assert {name: row.cost.macs for name, row in found.layers.items()} == {"0": 15, "0.wrong": 0, "0.right": 20}
+
+
+@pytest.mark.parametrize("tokens", [16, 32])
+def test_in_a_graph_products_are_the_layers_whose_weight_is_multiplied_by(tokens: int) -> None:
+    """And no others': tensors come and go at the addresses of weights that a grid has made."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 4)
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    given = Inputs((torch.randn(1, tokens, 32),), {})
+    graph = as_graph(Net().eval(), given)
+    for layer, tensor in (("first", "weight"), ("attention", "in_proj_weight"), ("attention.out_proj", "weight")):
+        Constrain(layer, Grid(8, axis=0, tensor=tensor)).apply(graph)
+    Quantize({"first": (Rounding(8), None), "attention.softmax": (Rounding(8), None)}).apply(graph)
+    found = profile(graph, given).layers
+    assert {name: row.cost.macs for name, row in found.items() if row.cost.macs} == {
+        "first": tokens * 32 * 32,
+        "attention": tokens * 32 * 96,
+        "attention.out_proj": tokens * 32 * 32,
+        "(model)": 2 * tokens * tokens * 32,  # of two activations
+        "last": 32 * 4,
+    }
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
