@@ -126,7 +126,8 @@ class Rounding(Layerwise):
             for value in values:
                 words = (*TYPES, "ternary")
                 if isinstance(value, str) and value not in words:
-                    found.append(f"{name} has {value!r}, which is no type{did_you_mean(value, words)}")
+                    hint = f"{did_you_mean(value, words)}; there are {', '.join(words)}"
+                    found.append(f"{name} has {value!r}, which is no type{hint}")
                 elif isinstance(value, int) and value not in (1, *WIDTHS):
                     found.append(f"{name} has {value}: it is 1 to 8 or 16")
         for value in self.group.values() if isinstance(self.group, Mapping) else [self.group]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from featherweight.errors import did_you_mean
+from featherweight.errors import FeatherweightError, did_you_mean
 from featherweight.ledger import Ledger
 
 
@@ -13,7 +13,7 @@ def write(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     """Write the report of `ledger` to a file: ``.html`` a page, ``.md`` Markdown, ``.json`` the ledger itself.
 
     Raises:
-        ValueError: the suffix is none of these.
+        FeatherweightError: the suffix is none of these.
     """
     from featherweight.report.html import html
     from featherweight.report.markdown import markdown
@@ -27,6 +27,6 @@ def write(ledger: Ledger, path: str | os.PathLike[str]) -> None:
         Path(path).write_text(markdown(ledger), encoding="utf-8")
     else:
         hint = did_you_mean(suffix, (".html", ".md", ".json"))
-        raise ValueError(
+        raise FeatherweightError(
             f"{os.fspath(path)} ends in {suffix or 'no suffix'}{hint}: a report is written to .html, .md or .json"
         )

@@ -6,6 +6,7 @@ import pytest
 import report_samples as samples
 
 from featherweight import report
+from featherweight.errors import FeatherweightError
 from featherweight.ledger import Ledger
 from featherweight.report.html import html
 from featherweight.report.markdown import markdown
@@ -22,7 +23,7 @@ def test_the_suffix_chooses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "said"), [("report.htm", "did you mean '.html'"), ("report", "no suffix")])
 def test_another_suffix_is_an_error_that_names_the_choices(tmp_path: Path, name: str, said: str) -> None:
-    with pytest.raises(ValueError, match=r"\.html, \.md or \.json") as error:
+    with pytest.raises(FeatherweightError, match=r"\.html, \.md or \.json") as error:
         report.write(samples.one_step(), tmp_path / name)
     assert said in str(error.value)
     assert not (tmp_path / name).exists()
