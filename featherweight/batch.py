@@ -53,6 +53,12 @@ class Inputs:
         first = next((t for t in self.tensors() if t.ndim), None)
         return 1 if first is None else first.shape[0]
 
+    @property
+    def empty(self) -> bool:
+        """Whether it is tensors, and none of them holds a number."""
+        tensors = self.tensors()
+        return bool(tensors) and not any(t.numel() for t in tensors)
+
     def each(self) -> Iterator[Inputs]:
         """The samples one by one, each as a batch of one; tensors of another length go with all of them."""
         length = self.batch_size

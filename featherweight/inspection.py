@@ -19,12 +19,13 @@ from featherweight import artifact
 from featherweight.code.entropy import entropy_bytes
 from featherweight.compressed import time_side_by_side
 from featherweight.cost.count import Profile, profile
+from featherweight.errors import TaskError
 from featherweight.layers import obstacles
 from featherweight.ledger import Entry, Ledger, machine
 from featherweight.report import words
 from featherweight.score import Scorer
 from featherweight.snapshot import snapshot
-from featherweight.task import Task, fingerprint, working_copy
+from featherweight.task import Task, fingerprint, no_task, working_copy
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,8 @@ def compare(model: nn.Module, other: nn.Module, task: Task, runtimes: Sequence[s
     Raises:
         TaskError: a model cannot be copied, or does not run on the task's inputs.
     """
+    if problems := no_task(task):
+        raise TaskError(problems[0])
     model, other = working_copy(model), working_copy(other)
     name, identity = type(model).__name__, fingerprint(model)
     scorer = Scorer(task, model)

@@ -45,7 +45,7 @@ from featherweight.score import Scorer
 from featherweight.snapshot import of_profile
 from featherweight.step import Step
 from featherweight.study import Study
-from featherweight.task import Task, fingerprint
+from featherweight.task import Task, fingerprint, no_task
 
 VERBS = ("factorize", "prune", "quantize", "share", "distill", "tune")
 
@@ -71,6 +71,7 @@ class Recipe:
         for step in self.steps:
             if not isinstance(step, Step):
                 found.append(f"{step!r} is a {type(step).__name__}, not a step")
+        found += no_task(task)
         if found:
             return found
         staged = [(step.name, step.stage) for step in self.steps if step.stage is not None]

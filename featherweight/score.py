@@ -125,11 +125,13 @@ class Divergence:
         for answer, reference in zip(answers, self._reference, strict=True):
             if self._classes is not None:
                 pair = (*reference, logits_of(answer))
+                _check_alike(pair[1], pair[0])
                 right, given = (t.movedim(self._classes, -1).double().log_softmax(-1) for t in pair)
                 wrong += float((right.exp() * (right - given)).sum())
                 whole += right[..., 0].numel()
             else:
                 for a, r in zip(tensors_in(answer), reference, strict=True):
+                    _check_alike(a, r)
                     wrong += float((a.double() - r.double()).square().sum())
                     whole += float(r.double().square().sum())
         return wrong / whole if whole else float(wrong > 0)
@@ -139,6 +141,19 @@ class Divergence:
             with torch.no_grad(), mode(model, training=False):
                 answer = inputs.into(model)
             yield answer
+
+
+def _check_alike(given: Tensor, right: Tensor) -> None:
+    """See that two answers can be compared number by number.
+
+    Raises:
+        TaskError: they cannot.
+    """
+    if given.shape != right.shape:
+        raise TaskError(
+            f"the compressed network answers {tuple(given.shape)} to a batch and the original {tuple(right.shape)}: "
+            "shapes that depend on values cannot be compared; compress the part of the model whose shapes do not"
+        )
 
 
 def class_dimension(outputs: Any, loss: Loss | None) -> int | None:

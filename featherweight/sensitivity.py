@@ -25,7 +25,7 @@ from featherweight.score import Scorer
 from featherweight.search.budget import Budget
 from featherweight.snapshot import of_profile
 from featherweight.study import Study
-from featherweight.task import Task, fingerprint, working_copy
+from featherweight.task import Task, fingerprint, no_task, working_copy
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def sensitivity(
     step = Weights(effort="nearest") if step is None else step
     if not isinstance(step, Layerwise):
         raise RecipeError([f"{type(step).__name__} chooses nothing layer by layer"])
+    if problems := no_task(task):
+        raise RecipeError(problems)
     # Any budget: the table is what a selector would read under it.
     unset: dict[str, Any] = {name: None for name in step.ways() if name not in ("budget", "select")}
     step = replace(step, **unset, budget=Budget(**{step.metric: 1.0}), select="optimal")

@@ -203,10 +203,14 @@ class Task:
         Args:
             model: where to move them.
             samples: stop after the batch in which this many samples were reached; None for all.
+        Raises:
+            TaskError: a batch is empty.
         """
         example, seen = self.inputs(), 0
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches, 1):
             inputs = as_inputs(batch, like=example)
+            if inputs.empty:
+                raise TaskError(f"calibration batch {number} ({inputs}) is empty: leave such batches out")
             yield inputs.on(model)
             seen += inputs.batch_size
             if samples is not None and seen >= samples:
@@ -281,6 +285,9 @@ class Task:
             except TaskError as error:
                 problems.append(f"{name}: {error}")
                 break
+            if inputs.empty:
+                problems.append(f"{name} ({inputs}) is empty: give at least one sample")
+                break
             if not all(bool(torch.isfinite(t).all()) for t in inputs.tensors() if t.is_floating_point()):
                 problems.append(f"{name} ({inputs}) holds NaN or infinite values: clean the data")
                 break
@@ -306,6 +313,12 @@ class Task:
         for part in (self.evaluate, self.train, self.loss):
             digest.update(_source(part).encode())
         return digest.hexdigest()
+
+
+def no_task(given: Any) -> list[str]:
+    """A sentence where what was given is no task."""
+    kind = type(given).__name__
+    return [] if isinstance(given, Task) else [f"the task is a {kind}: give featherweight.Task(example=...)"]
 
 
 def working_copy(model: nn.Module) -> nn.Module:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 import featherweight as fw
-from featherweight import factorize
+from featherweight import factorize, quantize
 from featherweight.batch import Inputs
-from featherweight.errors import TaskError
+from featherweight.errors import RecipeError, TaskError
+from featherweight.score import Divergence
 from featherweight.task import fingerprint
 
 
@@ -109,8 +110,9 @@ def test_batches_stop_where_enough_samples_were_seen():
             [X * float("nan")],
             "the first calibration batch (float32[8, 12]) holds NaN or infinite values: clean the data",
         ),
+        ([X[:0]], "the first calibration batch (float32[0, 12]) is empty: give at least one sample"),
     ],
-    ids=["empty", "generator", "tensor", "number", "raises", "augmented", "shape", "dict", "nan"],
+    ids=["empty", "generator", "tensor", "number", "raises", "augmented", "shape", "dict", "nan", "no samples"],
 )
 def test_calibration_that_cannot_be_used(given, message):
     class Raises:
@@ -125,6 +127,45 @@ def test_calibration_that_cannot_be_used(given, message):
     }
     calibration = made[given] if isinstance(given, str) else list(given) if given == () else given
     assert message in problem(make(Mixed), example=X[:1], calibration=calibration)
+
+
+def test_an_empty_batch_further_on_is_said_where_it_is_read():
+    task = fw.Task(X[:1], calibration=[X, X[:0]])
+    with pytest.raises(TaskError, match=r"calibration batch 2 \(float32\[0, 12\]\) is empty: leave such batches out"):
+        list(task.batches(make(Mixed)))
+
+
+def test_what_is_no_task_is_said_by_all_that_take_one():
+    model = make(Mixed)
+    for call in (
+        lambda: fw.compress(model, quantize.Weights(bits=8), task=X),
+        lambda: fw.sensitivity(model, X),
+        lambda: fw.compare(model, model, X),
+    ):
+        with pytest.raises((RecipeError, TaskError), match=r"the task is a Tensor: give featherweight.Task\(example="):
+            call()
+
+
+class Ragged(nn.Module):
+    """A layer behind a choice of rows: (rows, 4) → (some of them, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return self.two(x[x[:, 0] > 0])
+
+
+def test_shapes_that_depend_on_values_are_said_to():
+    model, x = make(Ragged), torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    task = fw.Task(x[:8], calibration=x.split(16), loss="mse")
+    with pytest.raises(TaskError, match=r"Linear\(in_features=8.*number depends on values.*leave the layer out"):
+        fw.compress(model, quantize.Weights(bits=2), task=task)
+    other = make(Ragged, seed=1)
+    with pytest.raises(TaskError, match="shapes that depend on values cannot be compared"):
+        Divergence(model, task)(other)
 
 
 @pytest.mark.parametrize(

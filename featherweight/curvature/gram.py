@@ -226,11 +226,19 @@ def gather_paired(
         seed: of the choice of positions.
     Returns:
         None where there are no pairs.
+    Raises:
+        TaskError: the two networks do not call the layer with as many rows.
     """
     total: Statistics | None = None
     places = 0
     generator = torch.Generator().manual_seed(seed)
     for x, answer in pairs:
+        now, then = (tuple(t.shape[: -_kernel_axes(layer)]) for t in (x, answer))
+        if now != then:
+            raise TaskError(
+                f"{layer} gets inputs of {now} rows in the compressed network and of {then} in the original, so their "
+                "number depends on values, and they cannot be compared: leave the layer out with ignore"
+            )
         views = patches(layer, x)
         chosen = _pick(layer, views, effort, generator, most=rows_a_column * len(x) / samples)
         rows = _take(layer, views, chosen)

@@ -330,7 +330,7 @@ def seen_edges(placement: Placement, observers: Mapping[str, Observer]) -> tuple
     left = {}
     for name, seen in observers.items():
         if seen.infinite:
-            left[name] = f"{seen.infinite} of its values were infinite or NaN on the calibration data"
+            left[name] = f"{seen.infinite} of its values were infinite, NaN or beyond 1e38 on the calibration data"
         elif not seen.batches:
             left[name] = "no calibration sample reached it"
         elif seen.lowest == seen.highest:

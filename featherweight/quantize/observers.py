@@ -17,6 +17,7 @@ from torch import Tensor
 from featherweight.forms.grid import Grid, between, whole
 
 HALF = 2048  # bins on either side of zero
+MOST = 2.0**126  # beyond it a range from one end to the other is no number of float32
 ENOUGH = 1 << 17  # values of a batch that are counted; the least and the greatest are of all of them
 
 
@@ -28,7 +29,7 @@ class Observer:
         lowest, highest: of all finite values, and 0 is between them.
         average: running averages of the batches' least and greatest value.
         batches: seen so far, empty ones left out.
-        infinite: how many values were infinite or NaN.
+        infinite: how many values were infinite, NaN or beyond `MOST`.
         width: of a bin.
         counts: values by bin: (2 · HALF,), zero at the border of the two in the middle.
     """
@@ -52,8 +53,8 @@ class Observer:
         if not x.numel():
             return
         low, high = (float(v) for v in torch.aminmax(x))
-        if not math.isfinite(low - high):
-            finite = x.isfinite()
+        if not max(-low, high) <= MOST or math.isnan(low):
+            finite = x.abs() <= MOST
             self.infinite += int((~finite).sum())
             x = x[finite]
             if not x.numel():

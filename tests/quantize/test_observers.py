@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +112,13 @@ def test_sixteen_bits_take_all_that_was_seen():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     scale, _ = range_of(seen(x), grid, "mse")
     assert 65535 * float(scale) == pytest.approx(float(x.max() - x.min()), rel=1e-4)
+
+
+def test_values_too_large_for_a_range_are_counted_and_left_out():
+    seen = Observer()
+    seen.see(torch.tensor([1.0, -3e38, 2.0**127, 2.0, math.nan, math.inf]))
+    assert seen.infinite == 4
+    assert (seen.lowest, seen.highest, seen.batches) == (0.0, 2.0, 1)
+    seen.see(torch.tensor([2.0**126, -(2.0**126)]))
+    scale, _ = range_of(seen, Grid(8, symmetric=False, signed=False, axis=None), "mse")
+    assert bool(scale.isfinite())
