@@ -307,6 +307,12 @@ def as_graph(model: nn.Module, inputs: Inputs) -> ModelGraph:
     return graph
 
 
+UNFOLDED = (
+    "the batch norm behind it cannot be folded into it; ignore the layer in the earlier step, or round it there to "
+    "a symmetric grid with a scale for every output, or, for quantize.Static, give fold=False"
+)
+
+
 def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tensor], Tensor]) -> None:
     """Multiply a layer's weight by a factor for every output, exactly where the weight lies on a grid.
 
@@ -320,13 +326,18 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
         if isinstance(constraint, Gridded):
             form = constraint.form
             if form.axis is None or spread(factor).shape[form.axis] != len(factor) or not form.symmetric:
-                raise EditError(f"{name} lies on a grid of {form}, which does not let every output have its own scale")
+                raise EditError(
+                    f"{name} lies on a grid of {form}, which does not let every output have its own scale: {UNFOLDED}"
+                )
             with torch.no_grad():
                 each = factor.abs().to(constraint.scale.dtype)
                 each = each.reshape(-1, *(1 for _ in constraint.scale.shape[1:]))
                 constraint.scale.mul_(torch.where(each > 0, each, 1))
         elif not isinstance(constraint, Masked):
-            raise EditError(f"{name} is confined to {constraint}, and would not be after it is multiplied")
+            raise EditError(
+                f"{name} is confined to {constraint.extra_repr() or constraint}, and would not be after it is "
+                f"multiplied: {UNFOLDED}"
+            )
     stack = parametrized(holder)
     old = stack[leaf].original if leaf in stack else getattr(holder, leaf)
     with torch.no_grad():

@@ -73,7 +73,7 @@ def put_on_edges(
             raise GraphError(f"{value} is not read by {', '.join(lost)}")
         target = f"{room}.{value}"
         if any(n.op == "call_module" and n.target == target for n in node.users):
-            raise GraphError(f"{value} is quantized already")
+            raise GraphError(f"{value} is quantized already, by an earlier step: leave one of the two out")
         register(graph, target, make(value).train(graph.training))
         behind = node
         while behind.next.op == "placeholder":

@@ -20,12 +20,12 @@ from torch.nn.utils import parametrize
 
 import featherweight as fw
 from featherweight import quantize
-from featherweight.errors import ExportError, RecipeError, TaskError
+from featherweight.errors import EditError, ExportError, NoEffect, RecipeError, TaskError
 from featherweight.export import fused, verify
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
 from featherweight.forms import Gridded, Rounded
-from featherweight.graph import ModelGraph
+from featherweight.graph import GraphError, ModelGraph
 
 
 class Wide(nn.Module):
@@ -311,6 +311,27 @@ def test_weights_of_an_earlier_step_keep_their_grid():
     assert grids == {4}
     assert isinstance(small.model, ModelGraph)
     assert any("keeps the weights that an earlier step" in note for note in small.ledger.steps[1].notes)
+
+
+@pytest.mark.parametrize("before", [quantize.Weights(bits="fp16"), quantize.Weights(bits=4, symmetric=False)])
+def test_weights_that_no_batch_norm_can_be_folded_into_are_said_with_what_to_do(before):
+    model = make(Residual)
+    with pytest.raises(EditError, match=r"stem.weight .* batch norm behind it cannot be folded.*fold=False"):
+        fw.compress(model, before, quantize.Static(), task=task_of(model))
+    x = Residual.data(16)
+    for steps in ((before, quantize.Static(fold=False)), (replace(before, ignore=("*",)), quantize.Static())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoEffect)
+            small = fw.compress(model, *steps, task=task_of(model))
+        assert noise_db(run(small.model, x), run(model, x)) > 10
+
+
+def test_a_step_behind_one_that_rounds_activations_says_why_it_cannot():
+    model = make(Residual)
+    with pytest.raises(GraphError, match="is quantized already, by an earlier step: leave one of the two out"):
+        fw.compress(model, quantize.Static(), quantize.Static(), task=task_of(model))
+    with pytest.warns(NoEffect, match="an earlier step has made the model a graph: move it above that step"):
+        fw.compress(model, quantize.Static(), quantize.GPTQ(bits=4), task=task_of(model))
 
 
 # In the runtimes ----------------------------------------------------------------------------------------------------
