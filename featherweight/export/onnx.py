@@ -84,7 +84,7 @@ def write(
         )
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name  # the exporter renames an input that is also an output
-    notes = emit(made.model, marks, portable=portable) if marks else ()
+    notes = emit(made.model, marks or {}, portable=portable)
     _strip(made.model)
     made.model.metadata_props[METADATA] = json.dumps(call)
     weight_bytes = sum(value.const_value.nbytes for value in graph.initializers.values())

@@ -23,6 +23,8 @@ from featherweight.export.calling import METADATA, FileModel
 from featherweight.export.program import first_line
 from featherweight.export.quantized import Marks
 
+_NARROWED = ("Multiply", "MatMul", "Convolution", "ConvolutionBackpropData", "GroupConvolution")
+
 
 def write(
     program: ExportedProgram, path: Path, *, opset: int | None = None, marks: Marks | None = None
@@ -64,7 +66,7 @@ def write(
 
 
 def _narrow(model: Any) -> None:
-    """Keep scales in float16 where that holds them exactly; OpenVINO widens them as it loads the file.
+    """Keep scales and weights in float16 where that holds them exactly; OpenVINO widens them as it loads the file.
 
     The ONNX file has them so, but conversion works out all that is constant.
     """
@@ -72,7 +74,7 @@ def _narrow(model: Any) -> None:
     from openvino import opset1
 
     for node in model.get_ops():
-        scale = node.input_value(1).get_node() if node.get_type_name() == "Multiply" else None
+        scale = node.input_value(1).get_node() if node.get_type_name() in _NARROWED else None
         if scale is None or scale.get_type_name() != "Constant" or scale.data.dtype != numpy.float32:
             continue
         with numpy.errstate(over="ignore"):

@@ -29,7 +29,7 @@ DOMAIN = "featherweight"  # of our own nodes, all gone before a file is written
 # ONNX operations that only move numbers about, or choose among them: what is whole before them is whole behind.
 MOVING = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Pad")
 BLOCKS = (16, 32, 64, 128, 256)  # values with one scale that MatMulNBits takes
-NARROWER = {"float32": (np.float16,), "int32": (np.int8, np.int16)}  # the least first
+NARROWER = {"float32": ("float16", "bfloat16"), "int32": ("int8", "int16")}  # the least first
 NODE_BYTES = 32  # about what a Cast takes in a file
 
 Array = npt.NDArray[Any]
@@ -172,7 +172,6 @@ class _Emitter:
         self.ir, self.model, self.graph, self.marks, self.portable = ir, model, model.graph, marks, portable
         self.notes: list[str] = []
         self.tables: dict[tuple[int, int, int], Any] = {}
-        self.constants: list[Any] = []
         self.count = 0
 
     def run(self) -> tuple[str, ...]:
@@ -196,7 +195,7 @@ class _Emitter:
         for node in list(self.graph):
             self._redundant(node)
             self._in_float(node)
-        for value in list(self.constants):  # to which narrower ones are added
+        for value in list(self.graph.initializers.values()):  # to which narrower ones are added
             self._narrow(value)
         self._unused()
         self.model.opset_imports.pop(DOMAIN, None)
@@ -507,11 +506,13 @@ class _Emitter:
         node.replace_input_with(2, self._add(node, "DequantizeLinear", parts, axis).outputs[0])
 
     def _narrow(self, value: Any) -> None:
-        """Store a scale or a bias in the least type that holds it exactly; runtimes widen it as they load the file."""
+        """Store what is constant in the least type that holds it exactly; runtimes widen it as they load the file."""
+        if value.const_value is None or not list(value.uses()):
+            return
         wide = value.const_value.numpy()
         with np.errstate(over="ignore", invalid="ignore"):
-            each = [wide.astype(kind) for kind in NARROWER.get(wide.dtype.name, ())]
-        found = next((narrow for narrow in each if (narrow == wide).all()), None)
+            each = (wide.astype(kind) for kind in NARROWER.get(wide.dtype.name, ()))
+            found = next((narrow for narrow in each if (narrow == wide).all()), None)
         if found is not None and wide.nbytes - found.nbytes > NODE_BYTES:
             kind = value.const_value.dtype.name
             cast = self._cast(self.graph[0], self._constant(found), kind)
@@ -529,7 +530,6 @@ class _Emitter:
             name=name, type=self.ir.TensorType(tensor.dtype), shape=self.ir.Shape(array.shape), const_value=tensor
         )
         self.graph.register_initializer(value)
-        self.constants.append(value)
         return value
 
     def _add(

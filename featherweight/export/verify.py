@@ -21,7 +21,7 @@ from featherweight.errors import ExportError, did_you_mean
 from featherweight.export import coreml, executorch, onnx, openvino, torch_export
 from featherweight.export.program import capture, draft, first_line, has_dynamic_batch, warn_fixed
 from featherweight.export.quantized import Weight, is_quantized, marked
-from featherweight.forms import released
+from featherweight.forms import Floating, constrained_tensors, constraints_on, released
 from featherweight.ledger import Check
 
 # Of the largest answer. Runtimes order sums differently and fuse operations, so a network's answers differ by a few
@@ -49,6 +49,7 @@ class Format:
         whole: whether whole numbers are written as such, out of a program whose numbers are marked.
         runtime: what runs the file.
         opset: whether it is written in ONNX's operators, of which there are several versions.
+        narrow: types of `Float` whose values are written in as many bits as they have.
         fixed: why it takes batches of one size only; empty where it takes any.
         prepare: the model to capture, given the model and whether to compute in float16, and what else `write` takes;
             None where that is the model of ordinary tensors, cast, and nothing else.
@@ -63,6 +64,7 @@ class Format:
     whole: bool
     runtime: str
     opset: bool = False
+    narrow: tuple[str, ...] = ()
     fixed: str = ""
     prepare: Callable[[nn.Module, bool], tuple[nn.Module, dict[str, Any]]] | None = None
     as_it_runs: Callable[[Path], nn.Module] | None = None
@@ -75,13 +77,14 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(onnx.write, onnx.session, True, "onnxruntime", opset=True),
+    "onnx": Format(onnx.write, onnx.session, True, "onnxruntime", opset=True, narrow=("fp16", "bf16")),
     "openvino": Format(
         openvino.write,
         openvino.OpenVINOModel,
         True,
         "openvino",
         opset=True,
+        narrow=("fp16",),
         as_it_runs=partial(openvino.OpenVINOModel, rounds_inputs=True),
     ),
     "executorch": Format(executorch.write, executorch.ExecuTorchModel, True, "executorch", fixed=executorch.FIXED),
@@ -146,6 +149,7 @@ def export(
         plain, marks = marked(whole) if kind.whole else (released(whole), {})
         settings = {"marks": marks} if kind.whole else {}
         settings |= {"opset": opset} if kind.opset else {}
+    wide = () if half or kind.prepare is not None else _widened(model, kind.narrow)
     tolerance = TOLERANCES[torch.float16] if half and tolerance is None else tolerance
     real = [given.on(model) for given in batches or ()]
     same_size = [given for given in real if given.batch_size == inputs.batch_size]
@@ -155,7 +159,7 @@ def export(
 
         def held(answering: nn.Module, given: Sequence[Inputs]) -> Check:
             found = check(model, answering, given, format=format, path=file, tolerance=tolerance)
-            more: tuple[str, ...] = ()
+            more = wide
             if is_quantized(model) and (ratio := min(found.signal_to_noise_db, default=MOST_DB)) < USUAL_DB:
                 more = (
                     f"only {ratio:.0f} dB of signal to noise from the model's answers, where {USUAL_DB:g} are usual",
@@ -271,6 +275,13 @@ def check(
         noise = [a + b for a, (_, b) in zip(noise or [0.0] * len(here), here, strict=True)]
     ratios = tuple(decibels(s, n) for s, n in zip(signal, noise, strict=True))
     return Check(format, path.name, _bytes(path), worst, signal_to_noise_db=ratios, runtime=_format(format).runtime)
+
+
+def _widened(model: nn.Module, narrow: Sequence[str]) -> tuple[str, ...]:
+    """What a user should know of weights of a floating-point type that a file has in more bits."""
+    found = {constraints_on(module, tensor)[-1] for _, module, tensor in constrained_tensors(model)}
+    types = sorted({one.form.type for one in found if isinstance(one, Floating)} - set(narrow))
+    return (f"weights of type {', '.join(types)} are written in the model's own type",) if types else ()
 
 
 def _otherwise(file: nn.Module, as_it_runs: nn.Module, inputs: Inputs, runtime: str) -> tuple[str, ...]:

@@ -500,6 +500,26 @@ def test_few_bits_take_few_bits_in_the_file_and_mean_the_same(bits, tmp_path):
     assert weights * stored_bits / 8 < size < weights * stored_bits / 8 + 12_000
 
 
+@pytest.mark.parametrize(
+    ("bits", "ending", "narrow"),
+    [
+        ("fp16", "onnx", True),
+        ("bf16", "onnx", True),
+        ("e4m3", "onnx", False),
+        ("fp16", "xml", True),
+        ("bf16", "xml", False),
+    ],
+)
+def test_weights_of_shorter_floating_point_types_are_written_so_or_noted(bits, ending, narrow, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 36, 64)).eval()
+    small = fw.compress(model, quantize.Weights(bits=bits, effort="nearest"), task=fw.Task(torch.randn(1, 3, 8, 8)))
+    check = small.export("onnx" if ending == "onnx" else "openvino", tmp_path / f"m.{ending}")
+    assert check.difference < 1e-5
+    assert (check.bytes < 2.1 * 64 * 64 * 36) == narrow
+    assert check.notes == (() if narrow else (f"weights of type {bits} are written in the model's own type",))
+
+
 def test_four_bit_weights_alone_become_blocks_that_onnxruntime_multiplies(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
