@@ -137,7 +137,7 @@ class Compressed:
         original: nn.Module,
         folder: str | os.PathLike[str],
         *,
-        formats: Sequence[str] | None = None,
+        formats: str | Sequence[str] | None = None,
         batches: Sequence[Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         repeats: int = 50,
@@ -151,7 +151,7 @@ class Compressed:
         Args:
             original: the model before.
             folder: where to write the files: ``model.onnx``, ``model.xml``, ``model.pte``.
-            formats: of ``onnx``, ``openvino`` and ``executorch``, which; None for those whose runtime is installed.
+            formats: of ``onnx``, ``openvino`` and ``executorch``, which (or one); None for those whose runtime is here.
             batches: real inputs to compare on, beside the example and made-up ones.
             evaluate: the task's, to score every file in its runtime.
             repeats: timed calls of each.
@@ -160,7 +160,7 @@ class Compressed:
         Raises:
             ExportError: no runtime is here, there is no such format, or every format failed.
         """
-        names = available() if formats is None else tuple(formats)
+        names = available() if formats is None else (formats,) if isinstance(formats, str) else tuple(formats)
         if not names:
             raise ExportError("there is no runtime to verify in: pip install 'featherweight[onnx]' or '[openvino]'")
         paths = {name: Path(folder) / file_name(name) for name in names}

@@ -206,6 +206,8 @@ class _Emitter:
     def _activation(self, node: Any, mark: Activation) -> None:
         x, grid = node.inputs[0], mark.form.grid
         if mark.form.dynamic:
+            if self.portable:
+                self.notes.append("layers that find their range at every call are computed in floating point there")
             made = self._add(node, "DynamicQuantizeLinear", [x], outputs=3)
             result = self._add(node, "DequantizeLinear", list(made.outputs)).outputs[0]
             self._replace(node, result)

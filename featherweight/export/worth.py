@@ -82,7 +82,7 @@ def measured(check: Check, original: nn.Module, path: Path, example: Inputs, rep
     for name in ("float32", "bfloat16"):
         if name in taken and taken["file"] >= taken[name]:
             notes.append(f"not faster than the original in {name}: {taken['file']:.3g} ms against {taken[name]:.3g} ms")
-    if kernels.left and kernels.integer:
+    if kernels.left:
         notes.append(f"in floating point: {', '.join(kernels.left)}")
     return replace(
         check,

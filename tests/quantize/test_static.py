@@ -620,6 +620,15 @@ def test_a_file_of_quantized_weights_is_judged_without_what_openvino_rounds_by_i
     assert (kernels.integer, kernels.float) == (0, 3), str(kernels)
 
 
+def test_ranges_of_each_call_are_said_to_gain_nothing_in_openvino(tmp_path):
+    model = make(Transformer)
+    small = fw.compress(model, quantize.Dynamic(), task=fw.Task(Transformer.data(2)))
+    (check,) = small.verify(model, tmp_path, formats="openvino", repeats=1)
+    assert check.integer_operations == 0
+    assert "layers that find their range at every call are computed in floating point there" in check.notes
+    assert any(note.startswith("in floating point: ") for note in check.notes)
+
+
 def test_verify_lists_a_format_that_fails_beside_those_that_work(tmp_path, monkeypatch):
     import importlib.util
 
@@ -634,7 +643,7 @@ def test_verify_lists_a_format_that_fails_beside_those_that_work(tmp_path, monke
     small.report(tmp_path / "report.md")
     assert "model.xml: not verified: OpenVINO is not installed" in (tmp_path / "report.md").read_text()
     with pytest.raises(ExportError, match="OpenVINO is not installed here"):
-        small.verify(model, tmp_path, formats=("openvino",))
+        small.verify(model, tmp_path, formats="openvino")
     assert small.ledger.checks == (works, fails)
 
 
