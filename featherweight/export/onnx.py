@@ -77,10 +77,10 @@ def write(
         except Exception as error:  # the exporter raises its own errors and whatever its translations do
             raise ExportError(f"PyTorch's ONNX exporter failed: {_root(error)}") from error
     graph = made.model.graph
-    if opset is not None and made.model.opset_imports[""] != opset:
+    if opset is not None and (written := made.model.opset_imports[""]) != opset:
+        other = "a later" if opset < written else "an earlier"
         raise ExportError(
-            f"the model cannot be written in opset {opset}, only in {made.model.opset_imports['']}: "
-            "leave opset out, or choose a later one"
+            f"the model cannot be written in opset {opset}, only in {written}: leave opset out, or choose {other} one"
         )
     for value, name in zip(graph.inputs, inputs, strict=True):
         value.name = name  # the exporter renames an input that is also an output
@@ -133,7 +133,8 @@ class OnnxModel(FileModel):
             reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", str(error))
             raise ExportError(
                 f"ONNX Runtime cannot run {os.path.basename(path)} on the CPU: {reason.strip()}. "
-                "It has few operations in bfloat16 and float64: where the model is one, export model.float()"
+                "It has few operations in bfloat16 and float64: where the model is one, export model.float(), "
+                "with half=True for a file in float16"
             ) from error
         inputs = session.get_inputs()
         written = session.get_modelmeta().custom_metadata_map.get(METADATA)

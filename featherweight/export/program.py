@@ -147,9 +147,19 @@ def quiet() -> Iterator[None]:
         "is not installed. Skipping",  # torchvision, whose operations nobody asked for
         "has None output",  # None outputs are put back by `onnx.OnnxModel`
         "Skipping constant argument",
+        # of opsets, which `onnx.write` raises where it comes to nothing
+        "because the requested opset_version",
+        "onnxscript version converter and fallback is enabled",
+        "Failed to convert the model to the target version",
     )
-    talkative = ("_subclasses.fake_tensor", "onnx._internal.exporter._registration", "onnx._internal.exporter._core")
-    loggers = [logging.getLogger(f"torch.{name}") for name in talkative]
+    talkative = (
+        "torch._subclasses.fake_tensor",
+        "torch.onnx._internal.exporter._registration",
+        "torch.onnx._internal.exporter._core",
+        "torch.onnx._internal.exporter._compat",
+        "onnxscript.version_converter",
+    )
+    loggers = [logging.getLogger(name) for name in talkative]
 
     def worth_reading(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in harmless)

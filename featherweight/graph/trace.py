@@ -250,9 +250,9 @@ def _refusal(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     if own:
         where = f", at {own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}"
     return (
-        f"the graph of {type(model).__name__} called with {inputs} cannot be captured{where}: {why}. Its channels "
-        "cannot be narrowed as a whole; steps that leave every shape as it is (masks, quantization) can still run, and "
-        "so can pruning once that code is written without the branch (for instance with torch.where or torch.cond)"
+        f"the graph of {type(model).__name__} called with {inputs} cannot be captured{where}: {why}. Pruning "
+        "of channels and whole numbers for activations need it; masks and quantized weights alone do not, and all can "
+        "run once that code is written without the branch (for instance with torch.where or torch.cond)"
     )
 
 

@@ -1,5 +1,6 @@
 """ONNX files, read by ONNX Runtime itself or by `OnnxModel`, against the PyTorch model."""
 
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -210,6 +211,18 @@ def test_a_model_that_fixes_its_batch_is_exported_for_it_with_a_warning(tmp_path
 def test_opset_is_the_one_asked_for(tmp_path):
     export(nn.Linear(3, 2), Inputs((torch.randn(2, 3),)), tmp_path / "net.onnx", opset=21)
     assert onnx.load(tmp_path / "net.onnx").opset_import[0].version == 21
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+@pytest.mark.parametrize(("opset", "other"), [(9, "a later one"), (99, "an earlier one")])
+def test_an_opset_that_cannot_be_is_refused_and_nothing_else_is_said(opset, other, tmp_path, caplog):
+    with pytest.raises(ExportError, match=rf"cannot be written in opset {opset}, only in \d+: .* choose {other}"):
+        export(Mean(), Inputs((torch.randn(2, 3, 4),)), tmp_path / "net.onnx", opset=opset)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -69,7 +69,7 @@ def test_what_cannot_be_captured_is_one_clear_error():
     assert "Branching called with float" in message
     assert "at test_trace.py:" in message
     assert "branches on the values that go through it" in message
-    assert "masks, quantization" in message
+    assert "masks and quantized weights alone" in message
 
 
 def test_a_wrong_example_is_the_users_own_error():

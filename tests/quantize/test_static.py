@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 import featherweight as fw
 from featherweight import quantize
-from featherweight.errors import EditError, ExportError, NoEffect, RecipeError, TaskError
+from featherweight.errors import EditError, ExportError, FeatherweightError, NoEffect, RecipeError, TaskError
 from featherweight.export import fused, verify
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
@@ -172,6 +172,21 @@ def test_a_target_that_cannot_be_is_said(target, message):
     model = make(Residual)
     with pytest.raises(RecipeError, match=message):
         fw.Recipe.from_yaml(f"steps: [quantize.Static: {{target: {target}}}]").run(model, task_of(model))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+
+def test_a_branch_on_values_is_refused_in_words_for_who_quantizes():
+    x = torch.randn(8, 4)
+    with pytest.raises(FeatherweightError, match="for activations need it; masks and quantized weights alone"):
+        fw.compress(Branching().eval(), quantize.Static(), task=fw.Task(x[:1], calibration=x.split(4), loss="mse"))
 
 
 def test_one_sample_is_enough_and_said_to_be_few():
