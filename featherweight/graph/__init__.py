@@ -4,7 +4,7 @@ from featherweight.graph.behind import Behind, behind
 from featherweight.graph.coupling import Coupling, Group, Site, couple
 from featherweight.graph.edges import put_on_edges, value_names, weight_of
 from featherweight.graph.fold import fold, foldable
-from featherweight.graph.module import ModelGraph, graph_module
+from featherweight.graph.module import ModelGraph, graph_module, left_behind
 from featherweight.graph.narrow import Narrowed, Narrowing, Unfaithful, narrow
 from featherweight.graph.optimizer import narrow_optimizer
 from featherweight.graph.trace import GraphError, Trace, capture
@@ -27,6 +27,7 @@ __all__ = [
     "fold",
     "foldable",
     "graph_module",
+    "left_behind",
     "narrow",
     "narrow_optimizer",
     "norms_over_kept",

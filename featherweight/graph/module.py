@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from featherweight.batch import Inputs
@@ -93,6 +95,28 @@ def graph_module(model: nn.Module, inputs: Inputs) -> ModelGraph:
     made = standing(trace, graph, trace.tensors)
     made.train(model.training)
     return made
+
+
+def left_behind(model: nn.Module) -> dict[str, list[str]]:
+    """What a captured graph of a model does not do in training though the model does: by what it is, the modules."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        name = name or type(module).__name__
+        if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            found.setdefault("attention is without dropout", []).append(name)
+        if isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats:
+            found.setdefault("statistics of batch norms with momentum=None stay as they are", []).append(name)
+        if not type(module).__module__.startswith("torch.nn.") and _asks_for_training(module):
+            what = "what the code does only in training, other than dropout and batch norms, is not in it"
+            found.setdefault(what, []).append(name)
+    return found
+
+
+def _asks_for_training(module: nn.Module) -> bool:
+    try:
+        return ".training" in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # code that is in no file
+        return False
 
 
 def copied(trace: Trace) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

@@ -49,6 +49,7 @@ from featherweight.graph import (
     Unfaithful,
     behind,
     couple,
+    left_behind,
     narrow,
     norms_over_kept,
 )
@@ -282,8 +283,7 @@ class Structured(Step):
                 note += f", with attributes that say a width rewritten: {_some(rewritten)}"
             if made.narrowing.form == "graph":
                 note = f"the narrowed model is a captured graph, no longer of its own class: {made.narrowing.why}"
-                if not (trace := work.coupling.analysis.trace).dynamic:
-                    note += f". It takes only batches of {trace.inputs.batch_size}, the example's: {trace.note}"
+                note += work.graph_limits()
             if self.budget is None or self.budget.drop is None:
                 yield edit
                 step._heal(now, work, study.model, kept)
@@ -514,6 +514,15 @@ class _Work:
                 "example of one length, or write that code for any length"
             )
             raise RecipeError([problem])
+
+    def graph_limits(self) -> str:
+        """What the graph form cannot do though the model could, in sentences."""
+        trace = self.coupling.analysis.trace
+        said = [f"lengths of its inputs, the batch's apart, are the example's ({trace.inputs})"]
+        if not trace.dynamic:
+            said.append(f"It takes only batches of {trace.inputs.batch_size}, the example's: {trace.note}")
+        said += [f"in it, {what}: {_some(names)}" for what, names in left_behind(self.study.original).items()]
+        return "".join(f". {sentence[0].upper()}{sentence[1:]}" for sentence in said)
 
     def _within(self, limits: Mapping[str, float], select: str) -> dict[str, int]:
         """Widths under the limits, chosen by an estimate of what they cost, which is corrected by what they do cost."""

@@ -208,6 +208,22 @@ def test_a_score_that_says_nothing_of_a_group_is_replaced_and_that_is_said():
     assert "ranked by l2, as no batch norm scales their units: down channels" in notes(compressed)
 
 
+@pytest.mark.parametrize("score", ["l1", "l2", "geometric_median"])
+def test_units_that_only_parts_of_a_weight_make_have_scores_too(score):
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 8)
+            self.attention = nn.MultiheadAttention(8, 1, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:  # three inputs, so that the weight of the projections is split
+            x = self.first(x)
+            return self.attention(x.clone(), x.clone(), x.clone(), need_weights=False)[0]
+
+    compressed = fw.compress(make(Cross), prune.Channels(ratio=0.5, score=score), task=fw.Task(torch.randn(1, 3, 6)))
+    assert compressed.model.attention.in_proj_weight.shape[0] < 24
+
+
 # Budgets
 
 
@@ -784,6 +800,32 @@ def test_a_width_in_the_code_makes_a_graph_which_says_why_and_is_refitted(tmp_pa
     module = fw.compress(same, step, task=task_of(same, 128))
     assert sizes(compressed) == sizes(module), "the same network, the same choice"
     assert off(model, compressed) < 2 * off(same, module)
+
+
+def test_a_graph_says_what_of_the_models_training_is_not_in_it():
+    class Trained(Written):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(5, 1, dropout=0.5, batch_first=True)
+            self.norm.momentum = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            if self.training:
+                x = x * 2
+            return x + self.attention(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0]
+
+    for kind, said in (
+        (
+            Trained,
+            ("attention is without dropout: attention", "momentum=None stay as they are: norm", "only in training"),
+        ),
+        (Written, ()),
+    ):
+        note = fw.compress(make(kind), prune.Channels(ratio=0.5), task=fw.Task(kind.data(1))).ledger.steps[0].notes[-1]
+        assert "Lengths of its inputs, the batch's apart, are the example's (float32[1, 3, 6, 6])" in note
+        assert [part in note for part in ("without dropout", "momentum=None", "only in training")] == [bool(said)] * 3
+        assert all(part in note for part in said)
 
 
 def test_a_graph_that_takes_one_length_of_batch_says_so_and_refuses_others():
