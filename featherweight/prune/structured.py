@@ -140,7 +140,8 @@ class Structured(Step):
             one).
         penalty: train with ``task.train`` first under a penalty that drives units to zero: ``"group_lasso"``,
             ``"growing"`` (weight decay that grows, on the units that are to go), or ``"slimming"`` (on the scales of
-            batch norms; its score is ``"batch_norm"``). The task's `train` has to take a ``loss``.
+            batch norms: give ``score="batch_norm"`` with it, which is not the default). The task's `train` has to take
+            a ``loss``.
         penalty_weight: the penalty's factor beside the loss; of ``"growing"`` its ceiling.
         penalty_epochs: of that training.
     """
@@ -385,8 +386,11 @@ class _Work:
         return not ignored
 
     def _makers(self, group: Group) -> list[str]:
-        """The layers that make a group's units; of the parts of a replaced layer, that layer."""
-        return list(dict.fromkeys(self._layer(site) for site in group.producers()))
+        """The layers whose outputs are a group's units, depthwise ones too; of parts of a replaced layer, it."""
+        weights = {f"{name}.weight" for name in self.layers}
+        depthwise = [s for s in group.sites if s.role == "carried" and s.dim == 0 and s.tensor in weights]
+        sites = [*group.producers(), *depthwise]
+        return list(dict.fromkeys(self._layer(site) for site in sites))
 
     def _layer(self, site: Site) -> str:
         """The layer that a site is in; of the parts of a replaced layer, that layer."""

@@ -550,6 +550,25 @@ def test_where_there_is_nothing_of_its_kind_that_is_said():
         fw.compress(model, prune.Heads(budget=fw.Budget(macs=1.0)), task=task_of(model))
 
 
+def test_depthwise_layers_are_narrowed_or_left_with_what_they_go_with():
+    class Separable(nn.Sequential):
+        def __init__(self) -> None:
+            depthwise = nn.Conv2d(16, 16, 3, groups=16)
+            super().__init__(nn.Conv2d(3, 16, 3), depthwise, nn.Flatten(), nn.Linear(64, 5))
+
+    def left(**settings: object) -> dict[str, str]:
+        step = prune.Channels(ratio=0.5, **settings)
+        return dict(fw.compress(make(Separable), step, task=fw.Task(Wide.data(1))).ledger.steps[0].left)
+
+    assert left() == {"3": "it is the network's output"}
+    with pytest.warns(NoEffect):
+        assert left(ignore=("1",)) == {
+            "0": "it goes with 1, which is ignored",
+            "1": "ignored, as asked",
+            "3": "it is the network's output",
+        }
+
+
 @pytest.mark.parametrize(
     ("build", "step", "said"),
     [
