@@ -176,7 +176,7 @@ def narrow(
         coupling: what goes together.
         kept: by group name, the units that stay; groups that are not named stay whole.
         form: the form to use; None for the module form where it is enough, and the graph form otherwise.
-        check: whether to compare the answers; the module form is always compared with the graph.
+        check: whether to compare the answers, and the module form's code with the graph; its answers always are.
 
     Raises:
         GraphError: a group or unit that is not there, or a group that would be empty.
@@ -199,7 +199,7 @@ def narrow(
     if device.type != "meta" and check:
         error = _checked(coupling, graph, kept, lost)
     if form != "graph":
-        module, narrowing, why_not = _as_module(model, coupling, plan, numbers, graph)
+        module, narrowing, why_not = _as_module(model, coupling, plan, numbers, graph, check=check)
         if module is not None:
             module.train(model.training)
             return Narrowed(module, narrowing, error)
@@ -211,9 +211,18 @@ def narrow(
 
 
 def _as_module(
-    model: nn.Module, coupling: Coupling, plan: Narrowing, numbers: Mapping[str, list[Any]], graph: nn.Module
+    model: nn.Module,
+    coupling: Coupling,
+    plan: Narrowing,
+    numbers: Mapping[str, list[Any]],
+    graph: nn.Module,
+    *,
+    check: bool,
 ) -> tuple[nn.Module | None, Narrowing, str]:
-    """The module form if it answers as the graph does, with as few changes of attributes as that takes."""
+    """The module form if it answers as the graph does, with as few changes of attributes as that takes.
+
+    With `check`, its code is captured too where it computes with numbers that have changed.
+    """
     registered = {name for name, _ in _registered(model)}
     loose = [name for name in (*plan.tensors, *plan.values) if name not in registered]
     if loose:
@@ -259,9 +268,12 @@ def _as_module(
     if needed is None:
         return None, plan, refused[0]
     module = _module_form(model, candidate(needed))
-    if needed and (why := _elsewhere(coupling, plan, module)):
-        names = ", ".join(sorted({f"{_plain(likely[name])}{name[1]}" for name in needed}))
-        return None, plan, f"what {names} says is a width, and is used for something else too: {why}"
+    renumbered = any(old != new for pairs in numbers.values() for old, new in pairs)
+    if check and (needed or renumbered) and (why := _otherwise(coupling, plan, module)):
+        if needed:
+            names = ", ".join(sorted({f"{_plain(likely[name])}{name[1]}" for name in needed}))
+            why = f"what {names} says is a width, and is used for something else too: {why}"
+        return None, plan, why
     return module, candidate(needed), ""
 
 
@@ -285,10 +297,11 @@ def _fewest(names: Sequence[_Name], works: Callable[[Collection[_Name]], bool]) 
     return needed
 
 
-def _elsewhere(coupling: Coupling, plan: Narrowing, module: nn.Module) -> str:
-    """Where a narrowed module computes with other numbers than before on what was not narrowed; empty if nowhere.
+def _otherwise(coupling: Coupling, plan: Narrowing, module: nn.Module) -> str:
+    """Where a narrowed module computes otherwise than the narrowed graph, by the numbers in its code; empty if nowhere.
 
-    There the example's answers may well be the same: a window of 8 in the place of one of 16, over 8 positions.
+    The example's answers may well be the same: with a window of 8 in the place of one of 16 over 8 positions, or where
+    what differs is behind units that never fire.
     """
     analysis = coupling.analysis
     lost = coupling.lost(plan.kept)
@@ -313,6 +326,8 @@ def _elsewhere(coupling: Coupling, plan: Narrowing, module: nn.Module) -> str:
     for old, new in zip(before, after, strict=True):
         if written(old) != written(new) and not rewrite.resized(coupling, lost, old):
             return source_of(old)
+        if not rewrite.same_slices(coupling, lost, old, new):
+            return f"its code has sizes written into it ({source_of(old)})"
     return ""
 
 

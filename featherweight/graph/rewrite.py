@@ -177,20 +177,23 @@ def _slice(site: Site) -> None:
     x = site.axes("self")
     d = site.arguments["dim"] % len(x)
     stays = site.stays(x[d])
-    arguments_ = site.arguments
-    if operation_of(site.old) == "narrow":
-        start, stop, step = arguments_["start"] % len(x[d]), arguments_["start"] % len(x[d]) + arguments_["length"], 1
-    else:
-        bounds = [
-            size(b.meta["val"]) if isinstance(b, fx.Node) else b for b in (arguments_["start"], arguments_["end"])
-        ]
-        start, stop, step = slice(bounds[0], bounds[1], arguments_["step"]).indices(len(x[d]))
+    start, stop, step = _bounds(site.old, len(x[d]))
     begin, end = int(stays[:start].sum()), int(stays[:stop].sum())
     site.number(start, begin)
     site.number(stop, end)
     if not stays.all():
         site.new.target = torch.ops.aten.slice.Tensor
         site.new.args, site.new.kwargs = (site.new.args[0], d, begin, end, step), {}
+
+
+def _bounds(node: fx.Node, length: int) -> tuple[int, int, int]:
+    """First index, end and step of what a slice, narrow or select takes of a dimension of that length."""
+    given = arguments(node)
+    if operation_of(node) != "slice":
+        first = int(given["start" if "start" in given else "index"]) % length
+        return first, first + int(given.get("length", 1)), 1
+    ends = [size(b.meta["val"]) if isinstance(b, fx.Node) else b for b in (given["start"], given["end"])]
+    return slice(ends[0], ends[1], given["step"]).indices(length)
 
 
 @rewrites("select")
@@ -268,6 +271,36 @@ def resized(coupling: Coupling, lost: Mask, node: fx.Node) -> bool:
     if operation_of(node) in ("slice", "narrow", "select"):
         tensors = [axes[arguments(node)["dim"] % len(axes) :][:1] for axes in tensors[:1]]
     return any(not coupling.stays(axis.rows, lost).all() for axes in tensors for axis in axes)
+
+
+def same_slices(coupling: Coupling, lost: Mask, old: fx.Node, new: fx.Node) -> bool:
+    """Whether an operation of a narrowed model gives the slices that stay of what it gave: as many, from the same on.
+
+    Args:
+        coupling: of the original.
+        lost: by label, whether it goes.
+        old: the operation in the original's graph.
+        new: the same in the narrowed model's.
+    """
+    value, made = coupling.analysis.values.get(old), new.meta.get("val")
+    pairs = zip(value, made or (), strict=False) if isinstance(value, list) else [(value, made)]
+    for axes, tensor in pairs:
+        lengths = tensor.shape if isinstance(tensor, Tensor) and isinstance(axes, tuple) else ()
+        for axis, length in zip(axes or (), lengths, strict=False):
+            stays = coupling.stays(axis.rows, lost)
+            if not stays.all() and int(stays.sum()) != length:
+                return False
+    if operation_of(old) not in ("slice", "narrow", "select"):
+        return True
+    source = old.args[0]
+    assert isinstance(source, fx.Node)
+    axes = coupling.analysis.values[source]
+    assert isinstance(axes, tuple)
+    d = arguments(old)["dim"] % len(axes)
+    stays = coupling.stays(axes[d].rows, lost)
+    if stays.all():
+        return True
+    return int(stays[: _bounds(old, len(stays))[0]].sum()) == _bounds(new, int(stays.sum()))[0]
 
 
 def renumbered(coupling: Coupling, lost: Mask) -> dict[str, list[int]]:

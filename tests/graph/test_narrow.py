@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
@@ -316,6 +317,7 @@ def random_network(steps: list[str]) -> nn.Module:
 
 
 @settings(max_examples=20, deadline=None)
+@hypothesis.example(["slice", "halves", "depthwise", "slice", "norm", "residual"], 839, 0.6)  # its answers tell nothing
 @given(
     st.lists(st.sampled_from([step for step in STEPS if step not in ("group norm",)]), min_size=1, max_size=6),
     st.integers(0, 1000),
