@@ -34,6 +34,7 @@ _Name: TypeAlias = tuple[str, str]  # of a class, and of an attribute of it
 
 _SMALL = 30_000_000  # parameters: up to here answers are compared in float64
 _TRIES = 64  # choices of attributes that are tried where not all of those that equal a width can change
+_NO_VALUES = "_assert_tensor_metadata contiguous"  # operations that change no values, and may be left out of a capture
 _SAME = 1e-6  # largest relative difference of both forms there: code that casts to float32 by name rounds differently
 
 
@@ -267,14 +268,19 @@ def _as_module(
     needed = _fewest(sorted(likely), works)
     if needed is None:
         return None, plan, refused[0]
-    module = _module_form(model, candidate(needed))
     renumbered = any(old != new for pairs in numbers.values() for old, new in pairs)
-    if check and (needed or renumbered) and (why := _otherwise(coupling, plan, module)):
-        if needed:
-            names = ", ".join(sorted({f"{_plain(likely[name])}{name[1]}" for name in needed}))
-            why = f"what {names} says is a width, and is used for something else too: {why}"
-        return None, plan, why
-    return module, candidate(needed), ""
+    why = ""
+    # What the example does not need may be read where the model is captured or trained, of some models by other code.
+    for names in [needed] + ([sorted(likely)] if len(needed) < len(likely) and works(sorted(likely)) else []):
+        module = _module_form(model, candidate(names))
+        otherwise = _otherwise(coupling, plan, module) if check and (names or renumbered) else ""
+        if not otherwise:
+            return module, candidate(names), ""
+        if names:
+            said = ", ".join(sorted({f"{_plain(likely[name])}{name[1]}" for name in names}))
+            otherwise = f"what {said} says is a width, and is used for something else too: {otherwise}"
+        why = why or otherwise
+    return None, plan, why
 
 
 def _plain(changes: Mapping[str, Any]) -> str:
@@ -311,9 +317,7 @@ def _otherwise(coupling: Coupling, plan: Narrowing, module: nn.Module) -> str:
         return str(error)
 
     def calls(graph: fx.GraphModule) -> list[fx.Node]:
-        return [
-            n for n in graph.graph.nodes if n.op == "call_function" and operation_of(n) != "_assert_tensor_metadata"
-        ]
+        return [n for n in graph.graph.nodes if n.op == "call_function" and operation_of(n) not in _NO_VALUES.split()]
 
     before, after = calls(analysis.trace.graph), calls(again.graph)
     if [operation_of(node) for node in before] != [operation_of(node) for node in after]:
