@@ -278,7 +278,7 @@ def _as_module(
             return module, candidate(names), ""
         if names:
             said = ", ".join(sorted({f"{_plain(likely[name])}{name[1]}" for name in names}))
-            otherwise = f"what {said} says is a width, and is used for something else too: {otherwise}"
+            otherwise = f"{otherwise}, with {said} rewritten"
         why = why or otherwise
     return None, plan, why
 
@@ -314,7 +314,7 @@ def _otherwise(coupling: Coupling, plan: Narrowing, module: nn.Module) -> str:
     try:
         again = capture(module, analysis.trace.inputs, dynamic_batch=analysis.trace.dynamic)
     except GraphError as error:
-        return str(error)
+        return f"narrowed as its own class, it could not be captured again: {error}"
 
     def calls(graph: fx.GraphModule) -> list[fx.Node]:
         return [n for n in graph.graph.nodes if n.op == "call_function" and operation_of(n) not in _NO_VALUES.split()]
@@ -329,7 +329,7 @@ def _otherwise(coupling: Coupling, plan: Narrowing, module: nn.Module) -> str:
 
     for old, new in zip(before, after, strict=True):
         if written(old) != written(new) and not rewrite.resized(coupling, lost, old):
-            return source_of(old)
+            return f"a number that says a width is used for something else too ({source_of(old)})"
         if not rewrite.same_slices(coupling, lost, old, new):
             return f"its code has sizes written into it ({source_of(old)})"
     return ""
