@@ -344,7 +344,7 @@ class _Run:
             reasons = sorted({edit.reason for edit in done if isinstance(edit, Leave)})
             found = "no layer it could change"
             if isinstance(self.model, ModelGraph):
-                found += ", for an earlier step has made the model a graph: move it above that step"
+                found += ": an earlier step has made the network a graph, which has no layers: move this step above it"
             why = "; ".join(reasons) or found
             warnings.warn(f"{step.name} changed nothing: {why}", NoEffect, stacklevel=4)
         if changes or study.trained:  # what constrained values take depends on them

@@ -268,7 +268,8 @@ def _as_module(
     needed = _fewest(sorted(likely), works)
     if needed is None:
         return None, plan, refused[0]
-    renumbered = any(old != new for pairs in numbers.values() for old, new in pairs)
+    own = {name: pairs for name, pairs in numbers.items() if not _is_layer_of_pytorch(model.get_submodule(name))}
+    renumbered = any(old != new for pairs in own.values() for old, new in pairs)
     why = ""
     # What the example does not need may be read where the model is captured or trained, of some models by other code.
     for names in [needed] + ([sorted(likely)] if len(needed) < len(likely) and works(sorted(likely)) else []):
@@ -281,6 +282,11 @@ def _as_module(
             otherwise = f"{otherwise}, with {said} rewritten"
         why = why or otherwise
     return None, plan, why
+
+
+def _is_layer_of_pytorch(module: nn.Module) -> bool:
+    """Whether it is one of PyTorch's own layers, whose code computes with the sizes that its attributes say."""
+    return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
 
 
 def _plain(changes: Mapping[str, Any]) -> str:
