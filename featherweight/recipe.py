@@ -40,7 +40,6 @@ from featherweight.errors import (
 )
 from featherweight.export.program import draft
 from featherweight.files import read_text
-from featherweight.graph import ModelGraph
 from featherweight.ledger import Entry, Ledger, machine
 from featherweight.score import Scorer
 from featherweight.snapshot import of_profile
@@ -342,10 +341,7 @@ class _Run:
         if not changes and not study.trained:
             study.notes.append("nothing was changed")
             reasons = sorted({edit.reason for edit in done if isinstance(edit, Leave)})
-            found = "no layer it could change"
-            if isinstance(self.model, ModelGraph):
-                found += ": an earlier step has made the network a graph, which has no layers: move this step above it"
-            why = "; ".join(reasons) or found
+            why = "; ".join(reasons) or "no layer it could change"
             warnings.warn(f"{step.name} changed nothing: {why}", NoEffect, stacklevel=4)
         if changes or study.trained:  # what constrained values take depends on them
             self.profile = profile(self.model, self.task.inputs())
