@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,7 @@ from featherweight.machine import backends, processor
 from featherweight.packing import pack, unpack
 from featherweight.recipe import Recipe
 from featherweight.report import words, write
-from featherweight.report.table import table
+from featherweight.report.table import checks, table
 from featherweight.task import Task
 
 # Columns where there is no terminal to ask: names of layers stay whole in files and pipes.
@@ -116,6 +117,14 @@ def _export(options: argparse.Namespace) -> None:
         _show(f"{options.to}: {size}, {'; '.join(check.notes)}")
     else:
         _show(f"{options.to}: {size}, differs from the model by {check.difference:.1e}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    model, task = _project(options.project)
+    small = load(options.file, into=model)
+    small.example = task.inputs()
+    made = small.verify(model, options.folder, formats=options.format, repeats=options.repeats)
+    _show(checks(replace(small.ledger, checks=made)))  # without those that the file was saved with
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -216,19 +225,25 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("to", nargs="?", help="a .html, .md or .json file; without it, the terminal")
     add(_doctor, "which backends work on this machine, and how to install the others", project=False)
     export = add(_export, "write a compressed model for a runtime, and check the file there")
+    verify = add(_verify, "write a compressed model for every runtime here: agreement, integer kernels, times")
     bench = add(_bench, "latency of the model and of its compressed form, side by side")
-    for command in (export, bench):
+    for command in (export, verify, bench):
         command.add_argument("file", help="a .fw file")
     export.add_argument("to", help="the file to write")
     export.add_argument("--format", default="onnx", help=f"{', '.join(ENDINGS)} (default: onnx)")
     export.add_argument("--fixed-batch", action="store_true", help="only the example's batch size")
+    verify.add_argument("folder", help="folder to write the files to")
+    verify.add_argument(
+        "--format", nargs="+", help="onnx, openvino, executorch (default: those whose runtime is installed)"
+    )
     bench.add_argument(
         "--runtime",
         nargs="+",
         default=["torch", "onnxruntime"],
         help="torch, onnxruntime, executorch (default: the first two)",
     )
-    bench.add_argument("--repeats", type=int, default=50, help="timed calls (default: 50)")
+    for command in (verify, bench):
+        command.add_argument("--repeats", type=int, default=50, help="timed calls (default: 50)")
     packing = add(_pack, "a safetensors file as a smaller .fw file, to the last bit", project=False)
     packing.add_argument("source", help="a safetensors file")
     packing.add_argument("target", help="the .fw file to write")

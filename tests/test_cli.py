@@ -188,6 +188,25 @@ def test_export_checks_what_it_writes(folder: Path, saved: Ledger, capsys: pytes
     torch.testing.assert_close(torch_export.load("model.pt2")(images[:1]), expected[:1])
 
 
+def test_verify_says_what_every_file_is_worth(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.yaml").write_text("steps:\n  - quantize.Static\n")
+    model, task = cli._project("project.py")
+    small = fw.Recipe.load("recipe.yaml").run(model, task)
+    small.export("torch_export", "earlier.pt2")
+    small.save("model.fw")
+    Path("files").mkdir()
+    run("verify", "project.py", "model.fw", "files", "--format", "onnx", "openvino", "--repeats", "1")
+    told = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in told.splitlines() if line.startswith(("onnx ", "openvino "))}
+    assert list(rows) == ["model.onnx", "model.xml"]
+    assert all("3 of 3" in row and " dB " in row and row.count("s ") >= 2 for row in rows.values()), told
+    titles = told.split("onnx ")[0].split()
+    assert {"whole", "latency", "float32"} <= set(titles)
+    assert "model.onnx: ONNX Runtime has no kernels in bfloat16 on this processor" in told
+    assert "earlier.pt2" not in told  # which the record in the file has
+    assert {"model.onnx", "model.xml"} <= {file.name for file in Path("files").iterdir()}
+
+
 def test_bench_times_both_networks(folder: Path, saved: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
     run("bench", "project.py", "model.fw", "--runtime", "torch", "--repeats", "2")
     lines = capsys.readouterr().out.splitlines()
@@ -208,6 +227,7 @@ def test_bench_times_both_networks(folder: Path, saved: Ledger, capsys: pytest.C
         ("report project.py", "project.py is not a ledger"),
         ("export project.py missing.fw model.onnx", "there is no file missing.fw"),
         ("bench project.py missing.fw", "there is no file missing.fw"),
+        ("verify project.py missing.fw .", "there is no file missing.fw"),
     ],
 )
 def test_what_is_missing_is_named(folder: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,6 +247,10 @@ def test_what_cannot_be_written_is_named(folder: Path, saved: Ledger, capsys: py
     assert "there is no folder nowhere" in capsys.readouterr().err
     run("export", "project.py", "model.fw", "model.onnx", "--format", "onx", expect=1)
     assert "did you mean 'onnx'" in capsys.readouterr().err
+    run("verify", "project.py", "model.fw", ".", "--format", "coreml", expect=1)
+    assert "there are onnx, openvino, executorch" in capsys.readouterr().err
+    run("verify", "project.py", "model.fw", "nowhere", "--format", "onnx", expect=1)
+    assert "there is no folder nowhere" in capsys.readouterr().err
     run("bench", "project.py", "model.fw", "--runtime", "tensorrt", expect=1)
     assert "there are torch, onnxruntime and executorch" in capsys.readouterr().err
     run("bench", "project.py", "model.fw", "--runtime", "torch", "--repeats", "0", expect=1)

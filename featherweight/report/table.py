@@ -28,6 +28,12 @@ def text(ledger: Ledger, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
+def checks(ledger: Ledger) -> RenderableType:
+    """The exported files alone: what each is worth, and what is to be known of it."""
+    notes = (Text(note) for note in contents.check_notes(ledger))
+    return Group(_cells(*contents.check_table(ledger), words_first=2), *notes)
+
+
 def _sections(ledger: Ledger) -> Iterator[RenderableType]:
     yield Text(f"{words.plain(ledger.model)}: {words.headline(ledger)}", style="bold")
     if ledger.steps:
@@ -40,8 +46,7 @@ def _sections(ledger: Ledger) -> Iterator[RenderableType]:
     if ledger.checks:
         yield Text()
         yield Text("Exported files, held against the model", style="bold")
-        yield _cells(*contents.check_table(ledger), words_first=2)
-        yield from (Text(note) for note in contents.check_notes(ledger))
+        yield checks(ledger)
     if facts := contents.provenance(ledger):
         yield Text()
         yield from (Text(note) for note in contents.notes(ledger))
