@@ -134,7 +134,11 @@ def write(program: ExportedProgram, path: Path, *, plan: Plan | None = None) -> 
             made.save(os.fspath(path))
             shutil.rmtree(made.package_path)  # its own, which it would keep until the process ends
         except Exception as error:  # its exceptions have no common class of their own
-            raise ExportError(f"coremltools cannot convert the model: {first_line(error)}") from error
+            size, remedy = "", ""
+            if has_dynamic_batch(program):  # which of its errors come of that, they do not say in one way
+                size = " for batches of any size"
+                remedy = "; dynamic_batch=False asks for the example's size only, which may work"
+            raise ExportError(f"coremltools cannot convert the model{size}: {first_line(error)}{remedy}") from error
         (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)  # of the conversion, for its debugger
         notes = list(_checked(path, program, plan, kept, inputs, outputs))
     if plan.rounded:
@@ -451,6 +455,7 @@ def _talk_less() -> Iterator[None]:
         "has not been tested with coremltools",  # of PyTorch: what comes of it is looked through
         "Minimum required version",  # of scikit-learn and others, which are not converted
         "Failed to load _ML",  # Core ML, where there is none
+        "ERROR - converting",  # which it raises
         "down casted to int32",  # in the notes
         "Recklessly broadcast",  # lengths that it cannot see to be those of one batch
     )

@@ -5,6 +5,7 @@ operation, by what Core ML documents of each.
 """
 
 import json
+import logging
 import math
 import platform
 from pathlib import Path
@@ -373,8 +374,17 @@ class Determinant(nn.Module):
         return torch.linalg.det(x)
 
 
+def test_what_core_ml_converts_for_one_size_only_is_said_to_need_that(tmp_path, caplog):
+    model, inputs, path = nn.AdaptiveAvgPool2d(2), Inputs((torch.randn(2, 3, 8, 8),)), tmp_path / "net.mlpackage"
+    with pytest.raises(ExportError, match=r"model for batches of any size: Adaptive pooling .*; dynamic_batch=False"):
+        export(model, inputs, "coreml", path)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    assert not path.exists()
+    assert export(model, inputs, "coreml", path, dynamic_batch=False).bytes > 0
+
+
 def test_what_core_ml_lacks_is_named(tmp_path):
-    with pytest.raises(ExportError, match=r"coremltools cannot convert the model: .*linalg_det"):
+    with pytest.raises(ExportError, match=r"coremltools cannot convert the model .*: .*linalg_det"):
         export(Determinant(), Inputs((torch.randn(2, 3, 3),)), "coreml", tmp_path / "net.mlpackage")
     with pytest.raises(ExportError, match=r"Core ML has no bfloat16: export model\.float\(\)"):
         written(nn.Linear(64, 32).bfloat16(), tmp_path)
