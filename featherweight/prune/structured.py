@@ -744,6 +744,16 @@ class _Work:
                                 total[group.name] += scores.hessian_diagonal(values, [g.square() for g in slope])
         return {name: score / max(1, count) for name, score in total.items()}
 
+    @property
+    def _predicted(self) -> set[str]:
+        """The groups whose curves are predicted losses of the units that go, and not sums of scores."""
+        if self.step.score != "loss":
+            return set()
+        # Without gradients it is the readers' own error that is known.
+        blind = {name for name, seen in self.statistics.items() if seen.gradients is None}
+        unknown = {group.name for group in self.groups if any(site.layer in blind for site in group.consumers())}
+        return set(self.curves) - unknown - {name for names in self.unscored.values() for name in names}
+
     def _kept(self, group: Group, width: int) -> tuple[int, ...]:
         """The units that stay at a width."""
         if self.step.score == "lasso" and (consumers := self._consumers(group)):
@@ -958,7 +968,7 @@ class _Work:
         metric = next(iter(self.step.budget.costs())) if self.step.budget is not None else "macs"
         bill = self.bills({metric: 1.0})[metric]
         whole = {group.name: group.size for group in self.groups}
-        choices = {}
+        choices, predicted = {}, self._predicted
         for group in self.groups:
             curve = self.curves[group.name]
             touched = [term for term in bill.terms if any(group.name in length.each for length in term.lengths)]
@@ -967,7 +977,7 @@ class _Work:
                 Point(
                     "as it is" if n == group.size else f"{n} of {group.size}",
                     sum(term.at({**whole, group.name: n}) for term in touched) / full if full else n / group.size,
-                    loss,
+                    loss if group.name in predicted else None,
                 )
                 for n, loss in zip(curve.widths, curve.losses, strict=True)
             ]

@@ -171,9 +171,10 @@ def work(entry: Entry) -> str:
 
 
 def predicted(entry: Entry) -> str:
-    """The predicted rise of the loss, summed over the choices; empty where nothing was predicted."""
-    losses = [c.chosen.predicted_loss for c in entry.choices.values() if c.chosen.predicted_loss is not None]
-    return words.loss(sum(losses)) if losses else ""
+    """The predicted rise of the loss, summed over the choices; empty unless it was predicted of all of them."""
+    losses = [choice.chosen.predicted_loss for choice in entry.choices.values()]
+    known = [loss for loss in losses if loss is not None]
+    return words.loss(sum(known)) if known and len(known) == len(losses) else ""
 
 
 def notes(ledger: Ledger) -> tuple[str, ...]:

@@ -194,8 +194,12 @@ def test_every_score_keeps_as_many(score):
         kept, size = map(int, choice.chosen.setting.split(" of "))
         assert kept == size / 2
         losses = [point.predicted_loss for point in choice.curve]
-        assert losses == sorted(losses, reverse=True)
-        assert losses[-1] == 0
+        if score == "loss":
+            assert losses == sorted(losses, reverse=True)
+            assert losses[-1] == 0
+        else:  # scores add up to no loss
+            assert set(losses) == {None}
+    assert ("Predicted rise of the loss" in str(compressed)) == (score == "loss")
 
 
 def test_a_score_that_says_nothing_of_a_group_is_replaced_and_that_is_said():
@@ -299,14 +303,21 @@ def test_of_the_widths_that_are_tried_out_the_best_are_taken():
 
 
 def test_a_threshold_takes_what_loses_no_more_than_it():
-    model = planted(twins=False)
-    for threshold, score in ((0.3, "l1"), (1e-3, "loss")):
-        step = prune.Channels(threshold=threshold, score=score)
-        choices = fw.compress(model, step, task=task_of(model, 64)).ledger.steps[0].choices
-        for choice in choices.values():
-            lost = [point.predicted_loss for point in choice.curve]
-            assert choice.chosen.predicted_loss == max(loss for loss in lost if loss <= threshold)
+    model, threshold = planted(twins=False), 1e-3
+    step = prune.Channels(threshold=threshold)
+    choices = fw.compress(model, step, task=task_of(model, 64)).ledger.steps[0].choices
+    for choice in choices.values():
+        lost = [point.predicted_loss for point in choice.curve]
+        assert choice.chosen.predicted_loss == max(loss for loss in lost if loss <= threshold)
     assert int(choices["one channels"].chosen.setting.split()[0]) <= 18, "six channels are always zero"
+
+
+def test_a_threshold_of_scores_takes_what_has_no_more_than_that_share_of_them():
+    model, threshold = make(Wide), 0.3
+    compressed = fw.compress(model, prune.Channels(threshold=threshold, score="l1"), task=task_of(model))
+    worth = (model.hidden.weight.abs().sum(1) + model.head.weight.abs().sum(0)).detach()
+    lost = (worth.sort().values / worth.sum()).cumsum(0)
+    assert sizes(compressed)["hidden"] == 40 - int((lost <= threshold).sum())
 
 
 def test_scores_by_gradient_find_what_the_answers_do_not_depend_on():
@@ -668,9 +679,27 @@ def test_without_calibration_data_weights_decide_and_that_is_said():
     assert "ranked by l2, as there are no statistics of what reads them: one channels, two channels" in notes(
         compressed
     )
+    assert "Predicted rise" not in str(compressed)
     by_name = fw.compress(model, prune.Channels(ratio=0.5, score="l2"), task=task)
     assert_same_state(compressed.model, by_name.model)
     assert "ranked by l2" not in notes(by_name)
+
+
+class Detached(Wide):
+    """No gradient comes past the last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.two(torch.relu(self.norm(self.one(x))))).mean((2, 3))
+        return self.head(torch.relu(self.hidden(x)).detach())
+
+
+def test_errors_of_layers_that_no_gradient_reaches_are_no_predicted_losses():
+    model = make(Detached)
+    compressed = fw.compress(model, prune.Channels(ratio=0.5), task=task_of(model))
+    losses = {name: c.chosen.predicted_loss for name, c in compressed.ledger.steps[0].choices.items()}
+    assert losses["hidden neurons"] > 0
+    assert (losses["one channels"], losses["two channels"]) == (None, None)
+    assert "Predicted rise" not in str(compressed)
 
 
 # Networks out of the ordinary

@@ -70,3 +70,9 @@ def test_the_metric_of_the_choice_decides_which_costs_are_listed() -> None:
     assert [metric.name for metric in contents.metrics(samples.quantized(first))] == ["stored bytes"]
     assert [metric.name for metric in contents.metrics(replace(first, metric="params"))] == ["MACs", "parameters"]
     assert [metric.name for metric in contents.metrics(replace(first, metric="latency_ms"))] == ["MACs"]
+
+
+def test_a_loss_that_was_predicted_of_a_part_only_is_not_summed() -> None:
+    first = samples.factorized()
+    assert contents.predicted(first)
+    assert not contents.predicted(replace(first, choices={**first.choices, "other": Choice(Point("8 of 16", 0.5))}))
