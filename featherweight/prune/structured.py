@@ -15,8 +15,10 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -68,6 +70,9 @@ from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task
 from featherweight.train.evaluate import loss_of
+
+# By tensor and dimension, which indices stay.
+Stays: TypeAlias = Mapping[str, Sequence[npt.NDArray[np.bool_]]]
 
 SCORES = (
     *("loss", "lasso", "l1", "l2", "random", "batch_norm", "geometric_median", "activation"),
@@ -266,6 +271,8 @@ class Structured(Step):
         self.check(study)
         whole = _metrics(study.profile.total)
         left: dict[str, str] | None = None
+        first: _Work | None = None
+        gone: list[Stays] = []
         if self.penalty is not None:
             self._work(study).shrink(study.model)
         for number in range(1, self.rounds + 1):
@@ -273,8 +280,9 @@ class Structured(Step):
             now = study if number == 1 and self.penalty is None else study.again()
             step = self if self.rounds == 1 else self._round(number, whole, _metrics(study.start))
             work, kept, made = step._narrowed(now)
+            first = first or work
             stays = {**work.left, **work.whole(kept)}
-            left = stays if left is None else {name: reason for name, reason in stays.items() if name in left}
+            earlier, left = left, {name: why for name, why in stays.items() if left is None or name in left}
             if made is None:
                 continue
             work.check_batches(made.module)
@@ -294,12 +302,16 @@ class Structured(Step):
                 lost = study.original_score - study.scorer(trial)
                 if lost > self.budget.drop:
                     study.notes.append(f"ended after round {number - 1} of {self.rounds}: the next lost {lost:.4g}")
+                    left = earlier or left
                     break
                 yield edit
                 study.model.load_state_dict(trial.state_dict())
+            gone.append(work.coupling.kept(kept))
             norms = norms_over_kept(work.coupling, kept)
             kept_only = f"norms take their statistics over what was kept, not over zeros too: {_some(norms)}"
             study.notes += [said for said in ([kept_only] if norms else []) + [note] if said not in study.notes]
+        if first is not None and self.rounds > 1:
+            study.findings["choices"] = first.over_rounds(gone)
         yield from (Leave(name, reason) for name, reason in (left or {}).items())
 
     def _heal(self, study: Study, work: _Work, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
@@ -965,22 +977,11 @@ class _Work:
     # The record -----------------------------------------------------------------------------------------------------
 
     def _record(self, widths: Mapping[str, int]) -> None:
-        metric = next(iter(self.step.budget.costs())) if self.step.budget is not None else "macs"
-        bill = self.bills({metric: 1.0})[metric]
-        whole = {group.name: group.size for group in self.groups}
         choices, predicted = {}, self._predicted
         for group in self.groups:
             curve = self.curves[group.name]
-            touched = [term for term in bill.terms if any(group.name in length.each for length in term.lengths)]
-            full = sum(term.at(whole) for term in touched)
-            points = [
-                Point(
-                    "as it is" if n == group.size else f"{n} of {group.size}",
-                    sum(term.at({**whole, group.name: n}) for term in touched) / full if full else n / group.size,
-                    loss if group.name in predicted else None,
-                )
-                for n, loss in zip(curve.widths, curve.losses, strict=True)
-            ]
+            losses = curve.losses if group.name in predicted else [None] * len(curve.widths)
+            points = [self._point(group, n, loss) for n, loss in zip(curve.widths, losses, strict=True)]
             at = curve.widths.index(widths[group.name])
             stride = max(1, len(points) // CURVE_POINTS)
             shown = tuple(p for i, p in enumerate(points) if i % stride == 0 or i in (at, len(points) - 1))
@@ -988,7 +989,43 @@ class _Work:
         for why, names in self.unscored.items():
             self.study.notes.append(f"ranked by l2, as {why}: {_some(names)}")
         by = self.step.select if self.step.budget is not None else "manual"
-        self.study.findings.update(choices=choices, metric=metric, selected_by=by)
+        self.study.findings.update(choices=choices, metric=self.metric, selected_by=by)
+
+    @property
+    def metric(self) -> str:
+        """The cost that points are shares of."""
+        return next(iter(self.step.budget.costs())) if self.step.budget is not None else "macs"
+
+    @cached_property
+    def _bill(self) -> Bill:
+        return self.bills({self.metric: 1.0})[self.metric]
+
+    def _point(self, group: Group, width: int, loss: float | None = None) -> Point:
+        """A group at a width, all others whole."""
+        whole = {group.name: group.size for group in self.groups}
+        touched = [term for term in self._bill.terms if any(group.name in length.each for length in term.lengths)]
+        full = sum(term.at(whole) for term in touched)
+        share = sum(term.at({**whole, group.name: width}) for term in touched) / full if full else width / group.size
+        return Point("as it is" if width == group.size else f"{width} of {group.size}", share, loss)
+
+    def over_rounds(self, rounds: Sequence[Stays]) -> dict[str, Choice]:
+        """What became of the groups in all rounds, this work's being the first.
+
+        No loss is predicted: every round predicts from what the one before has left, refitted and trained.
+
+        Args:
+            rounds: what stayed of every tensor, each of what stayed in the round before.
+        """
+        choices = {}
+        for group in self.groups:
+            # Not by the groups' names: what has one unit left is no group any more, and others may fall apart.
+            site = group.sites[0]
+            left = np.arange(self.coupling.analysis.trace.tensors[site.tensor].shape[site.dim])
+            for stays in (stays for stays in rounds if site.tensor in stays):
+                left = left[stays[site.tensor][site.dim]]
+            width = len(np.unique(site.units[np.isin(site.indices, left)]))
+            choices[group.name] = Choice(self._point(group, width))
+        return choices
 
 
 class _Beside:

@@ -1025,6 +1025,36 @@ def test_rounds_end_within_the_budget(tmp_path):
         assert torch.equal(loaded.model(Wide.data(3)), compressed.model(Wide.data(3)))
 
 
+@pytest.mark.parametrize("setting", [{"ratio": 0.97}, {"budget": fw.Budget(macs=0.2)}], ids=str)
+@pytest.mark.parametrize("kind", [Wide, Written, Residual], ids=lambda kind: kind.__name__)
+def test_the_record_of_rounds_says_the_width_at_the_end_of_that_at_the_start(kind, setting):
+    model = make(kind)
+    compressed = fw.compress(model, prune.Channels(rounds=4, **setting), task=task_of(model))
+    (entry,) = compressed.ledger.steps
+    was = {name: len(p) for name, p in model.named_parameters()}
+    now = {name: len(p) for name, p in compressed.model.named_parameters()}
+    for name, choice in entry.choices.items():
+        weight = f"{name.split()[0]}.weight"
+        kept, size = now[weight], was[weight]
+        assert choice.chosen.setting == ("as it is" if kept == size else f"{kept} of {size}")
+        assert choice.chosen.predicted_loss is None
+        assert (choice.chosen.share < 1) == (kept < size)
+    assert any(choice.chosen.setting != "as it is" for choice in entry.choices.values())
+
+
+def test_the_record_of_rounds_says_nothing_of_a_round_that_was_not_made():
+    model = make(Wide)
+    task = task_of(model, evaluate=lambda given: sum(p.numel() for p in given.parameters()) / 10_000)
+    step = prune.Channels(budget=fw.Budget(params=0.2, drop=0.5), rounds=4)
+    compressed = fw.compress(model, step, task=task)
+    (entry,), made = compressed.ledger.steps, sizes(compressed)
+    was = {"one": 24, "two": 32, "hidden": 40, "head": 5}
+    for name, choice in entry.choices.items():
+        kept, size = made[name.split()[0]], was[name.split()[0]]
+        assert choice.chosen.setting == ("as it is" if kept == size else f"{kept} of {size}")
+    assert set(entry.left) == {name for name, size in was.items() if made[name] == size}
+
+
 def test_rounds_end_before_more_than_the_drop_is_lost():
     model = make(Wide)
     task = task_of(model, 64, evaluate=lambda given: sum(p.numel() for p in given.parameters()) / 10_000)
