@@ -114,15 +114,22 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str], in
     return found
 
 
-def _apart(model: nn.Module, ignore: Iterable[str]) -> dict[str, str]:
-    """Tensors of two or more dimensions that belong to no layer, by name, with the reason why they stay."""
+def apart(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Parameters of two or more dimensions that belong to no layer: by name what to call them, and whose they are."""
     layers = {**weighted_layers(model), **weighted_layers(model, inside=True)}
     found = {}
     for name, parameter in model.named_parameters():
         owner, _, tensor = name.removesuffix(".original").replace(".parametrizations.", ".").rpartition(".")
-        if parameter.ndim < 2 or not parameter.is_floating_point() or nearest(owner, layers) is not None:
-            continue
-        module, name = model.get_submodule(owner), f"{owner}.{tensor}".removeprefix(".").removesuffix(".weight")
+        if parameter.ndim >= 2 and parameter.is_floating_point() and nearest(owner, layers) is None:
+            called = f"{owner}.{tensor}".removeprefix(".").removesuffix(".weight")
+            found[name] = called, model.get_submodule(owner)
+    return found
+
+
+def _apart(model: nn.Module, ignore: Iterable[str]) -> dict[str, str]:
+    """What is `apart`, by what it is called, with the reason why it stays."""
+    found = {}
+    for name, module in apart(model).values():
         if matches(name, ignore):
             found[name] = "ignored, as asked"
         elif isinstance(model, ModelGraph):

@@ -55,7 +55,7 @@ from featherweight.graph import (
     narrow,
     norms_over_kept,
 )
-from featherweight.layers import PerLayer, for_layer, matches, obstacles, unmatched, weighted_layers
+from featherweight.layers import PerLayer, apart, for_layer, matches, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, corrected_bias, finetune, reestimate_batch_norm
 from featherweight.progress import track
@@ -281,7 +281,7 @@ class Structured(Step):
             step = self if self.rounds == 1 else self._round(number, whole, _metrics(study.start))
             work, kept, made = step._narrowed(now)
             first = first or work
-            stays = {**work.left, **work.whole(kept)}
+            stays = work.whole(kept)
             earlier, left = left, {name: why for name, why in stays.items() if left is None or name in left}
             if made is None:
                 continue
@@ -368,31 +368,32 @@ class _Work:
         self._graph_tells: bool | None = None  # whether the graph form costs what the network will
         self._mended: dict[str, tuple[dict[str, Tensor], list[str]]] = {}  # by the units that stay: values and notes
         self.layers = weighted_layers(study.original)
+        self.apart = {tensor: name for tensor, (name, _) in apart(study.original).items()}
         self.groups = [group for group in self.coupling.groups if self._wanted(group)]
-        makes = {name: group for group in self.coupling.groups for name in self._makers(group)}
-        narrowed = {name for group in self.groups for name in self._makers(group)}
-        for name in self.layers:
+        makes = {name: group for group in self.coupling.groups for name in self._holders(group)}
+        narrowed = {name for group in self.groups for name in self._holders(group)}
+        tensors = {**{name: f"{name}.weight" for name in self.layers}, **{n: t for t, n in self.apart.items()}}
+        for name, tensor in tensors.items():
             if name in narrowed or name in self.left:
                 continue
-            reason = self.coupling.frozen.get((f"{name}.weight", 0))
             if matches(name, step.ignore):
                 self.left[name] = "ignored, as asked"
             elif name in makes:
                 self.left[name] = f"what it makes are {makes[name].kind}, which this step leaves alone"
             else:
-                self.left[name] = "it makes no units that could go" if reason is None else str(reason)
+                self.left[name] = self._frozen(tensor)
 
     def _wanted(self, group: Group) -> bool:
         if group.kind not in self.step.kinds:
             return False
         if group.name in self.failed:
-            self.left.update(dict.fromkeys(self._makers(group), self.failed[group.name]))
+            self.left.update(dict.fromkeys(self._holders(group), self.failed[group.name]))
             return False
         if not telling(self.coupling, group):
             self.left[group.sites[0].tensor] = "no numbers say what its units are worth"
             return False
         ignored = {name for name in self._makers(group) if matches(name, self.step.ignore)}
-        for name in self._makers(group) if ignored else ():
+        for name in self._holders(group) if ignored else ():
             goes_with = f"it goes with {min(ignored)}, which is ignored"
             self.left[name] = "ignored, as asked" if name in ignored else goes_with
         return not ignored
@@ -404,20 +405,41 @@ class _Work:
         sites = [*group.producers(), *depthwise]
         return list(dict.fromkeys(self._layer(site) for site in sites))
 
+    def _holders(self, group: Group) -> list[str]:
+        """Its makers, and the tensors of no layer that hold its units otherwise than to read them."""
+        held = [self.apart[s.tensor] for s in group.sites if s.role != "consumer" and s.tensor in self.apart]
+        return list(dict.fromkeys([*self._makers(group), *held]))
+
+    def _frozen(self, tensor: str) -> str:
+        """Why no units go of what a layer makes, or along the last dimension of a tensor that is of no layer."""
+        frozen, analysis = self.coupling.frozen, self.coupling.analysis
+        stuck = [0] if (tensor, 0) in frozen else []
+        if tensor in self.apart:
+            if tensor not in analysis.tensors:
+                return "the example does not use it"
+            roles = [analysis.roles.get(id(axis.rows), ("carried", ""))[0] for axis in analysis.tensors[tensor]]
+            stuck = [dim for dim in range(len(roles)) if (tensor, dim) in frozen]
+            stuck.sort(key=lambda dim: (roles[dim] != "consumer", dim))
+        return str(frozen[tensor, stuck[-1]]) if stuck else "it makes no units that could go"
+
     def _layer(self, site: Site) -> str:
-        """The layer that a site is in; of the parts of a replaced layer, that layer."""
+        """The layer that a site is in; of the parts of a replaced layer, that layer; of no layer, the tensor."""
+        if site.tensor in self.apart:
+            return self.apart[site.tensor]
         wholes = [name for name in self.layers if site.layer.startswith(f"{name}.")]
         return wholes[0] if wholes and site.layer not in self.layers else site.layer or site.tensor
 
     def whole(self, kept: Mapping[str, Sequence[int]]) -> dict[str, str]:
-        """Layers that could have lost outputs and lost none, with the reason."""
-        narrowed = {name for group in self.groups if group.name in kept for name in self._makers(group)}
-        found = {}
+        """Layers that lost no outputs, and tensors of no layer that lost nothing, with the reason."""
+        narrowed = [group for group in self.groups if group.name in kept]
+        lost = {self.apart[s.tensor] for group in narrowed for s in group.sites if s.tensor in self.apart}
+        smaller = lost.union(*(self._makers(group) for group in narrowed))
+        found = {name: reason for name, reason in self.left.items() if name not in lost}
         for group in self.groups:
             reason = "nothing less was asked of it" if self.step.budget is None else "its cost is better spent as it is"
             if len(self.widths(group)) == 1:
                 reason = "minimum and multiple_of allow it no other width"
-            found.update({name: reason for name in self._makers(group) if name not in {*narrowed, *self.left}})
+            found.update({name: reason for name in self._holders(group) if name not in {*smaller, *self.left}})
         return found
 
     # Widths ---------------------------------------------------------------------------------------------------------

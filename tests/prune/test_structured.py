@@ -586,7 +586,7 @@ def test_depthwise_layers_are_narrowed_or_left_with_what_they_go_with():
         (
             lambda: nn.Linear(4, 4),
             prune.Channels,
-            r"prune\.Channels finds nothing to remove, macs come to 1 of what they are; ask for more, or use",
+            r"finds nothing to remove \(weight: it is the network's output\), macs come to 1 of what they are; ask for",
         ),
         (lambda: make(Wide), prune.Heads, r"nothing to remove \(one: what it makes are channels, .*macs come to 1 of"),
     ],
@@ -1124,6 +1124,39 @@ def test_units_of_weights_that_no_layer_holds_are_scored_and_go(score):
     assert shapes["scale"] == (6, 3)
     assert shapes["position"] == (1, 32, 6)
     assert compressed.model(Experts.data(2).repeat(1, 2, 1)).shape == (2, 3)
+
+
+class Apart(nn.Module):
+    """Weights that no Linear or Conv layer holds, some of which can be narrowed: (samples, 4) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.bounded = nn.EmbeddingBag(20, 12), nn.Embedding(20, 12, max_norm=1.0)
+        self.into, self.hidden = nn.Parameter(torch.randn(12, 10)), nn.Linear(10, 8)
+        self.inner = nn.ParameterDict({"out": torch.randn(8, 5), "unused": torch.randn(3, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.bag(x) + self.bounded(x[:, 0])) @ self.into
+        return self.hidden(x.relu()).relu() @ self.inner["out"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "also"),
+    [
+        (0.5, {}),
+        ({"hidden *": 0.5}, {"into": "nothing less was asked of it"}),
+        ({"into *": 0.5}, {"hidden": "nothing less was asked of it", "inner.out": "it is the network's output"}),
+    ],
+    ids=["all", "hidden", "into"],
+)
+def test_tensors_of_no_layer_that_were_not_narrowed_are_left_with_the_reason(ratio, also):
+    model = make(Apart)
+    compressed = fw.compress(model, prune.Channels(ratio=ratio), task=fw.Task(torch.randint(0, 20, (3, 4))))
+    left = compressed.ledger.steps[0].left
+    assert "embedding_bag" in left["bag"]
+    assert "embedding_renorm" in left["bounded"]
+    rest = {name: reason for name, reason in left.items() if name not in ("bag", "bounded")}
+    assert rest == {"inner.unused": "the example does not use it", **also}
 
 
 class Halved(nn.Module):
