@@ -122,7 +122,8 @@ class Structured(Step):
             penalty; ``"l1"``, ``"l2"``, ``"random"``, ``"batch_norm"`` (its scales), ``"geometric_median"``,
             ``"input_l2"`` (squares of the weights that read the unit, as AIMET does), ``"activation"`` (root mean
             square of what the unit gives); or by gradients of the divergence on calibration data ``"taylor"``,
-            ``"fisher"`` and ``"hessian"`` (the diagonal).
+            ``"fisher"`` and ``"hessian"`` (the diagonal). None for ``"loss"``, and for ``"batch_norm"`` where the
+            penalty is ``"slimming"``.
         select: how a budget is spread over the groups: ``"optimal"``, least predicted loss over all of them;
             ``"uniform"``, the same share of every one; ``"between"``, halfway; or ``"measured"``, whichever of these
             moves the answers on the calibration data least once the layers are refitted (``"optimal"`` without data).
@@ -145,15 +146,14 @@ class Structured(Step):
             one).
         penalty: train with ``task.train`` first under a penalty that drives units to zero: ``"group_lasso"``,
             ``"growing"`` (weight decay that grows, on the units that are to go), or ``"slimming"`` (on the scales of
-            batch norms: give ``score="batch_norm"`` with it, which is not the default). The task's `train` has to take
-            a ``loss``.
+            batch norms). The task's `train` has to take a ``loss``.
         penalty_weight: the penalty's factor beside the loss; of ``"growing"`` its ceiling.
         penalty_epochs: of that training.
     """
 
     budget: Budget | None = None
     ratio: PerLayer[float] | None = None
-    score: str = "loss"
+    score: str | None = None
     select: str = "measured"
     normalize: str = "share"
     threshold: float | None = None
@@ -197,7 +197,7 @@ class Structured(Step):
             for number in setting.values() if isinstance(setting, Mapping) else [setting]:
                 if number < 1:
                     found.append(f"{name} is {number}: it must be at least 1")
-        if self.score not in SCORES:
+        if self.ranked_by not in SCORES:
             found.append(f"score is {self.score!r}: use {', '.join(SCORES)}")
         if self.select not in SELECTORS:
             found.append(f"select is {self.select!r}: use {', '.join(SELECTORS)}")
@@ -222,8 +222,15 @@ class Structured(Step):
         return found + unmatched(self.ignore, list(weighted_layers(model)))
 
     @property
+    def ranked_by(self) -> str:
+        """The score that decides: the one that was given, or else what the penalty works on."""
+        if self.score is not None:
+            return self.score
+        return "batch_norm" if self.penalty == "slimming" else "loss"
+
+    @property
     def _by_data(self) -> bool:
-        return self.score in ("lasso", "activation", *GRADIENT_SCORES)
+        return self.ranked_by in ("lasso", "activation", *GRADIENT_SCORES)
 
     def check(self, study: Study) -> None:
         """Capture the model and hold the budget against its groups, before anything slow.
@@ -688,7 +695,7 @@ class _Work:
         return {group.name: self._rank(group) for group in track(self.groups, "weighing every group's units")}
 
     def _rank(self, group: Group) -> tuple[Tensor, Tensor]:
-        consumers = self._consumers(group) if self.step.score in ("loss", "lasso") else []
+        consumers = self._consumers(group) if self.step.ranked_by in ("loss", "lasso") else []
         if consumers:
             # The largest groups take many at once: ranks change little from one removal to the next.
             run = greedy_elimination(consumers, left=1, at_once=max(1, group.size // AT_ONCE), damping=RIDGE)
@@ -703,7 +710,7 @@ class _Work:
 
     def _worth(self, group: Group) -> Tensor:
         """One number a unit."""
-        match self.step.score:
+        match self.step.ranked_by:
             case "random":
                 return scores.random(group.size, self.study.seed)
             case "l1":
@@ -742,7 +749,7 @@ class _Work:
     @cached_property
     def by_gradient(self) -> dict[str, Tensor]:
         """Scores by gradients of the divergence: Taylor's per batch, the others per sample; means over all."""
-        study, kind = self.study, self.step.score
+        study, kind = self.study, self.step.ranked_by
         model = copy.deepcopy(study.original).requires_grad_(True)
         tensors = self.coupling.analysis.trace.tensors
         weights = {n: p for n, p in model.named_parameters() if n in tensors}
@@ -781,7 +788,7 @@ class _Work:
     @property
     def _predicted(self) -> set[str]:
         """The groups whose curves are predicted losses of the units that go, and not sums of scores."""
-        if self.step.score != "loss":
+        if self.step.ranked_by != "loss":
             return set()
         # Without gradients it is the readers' own error that is known.
         blind = {name for name, seen in self.statistics.items() if seen.gradients is None}
@@ -790,7 +797,7 @@ class _Work:
 
     def _kept(self, group: Group, width: int) -> tuple[int, ...]:
         """The units that stay at a width."""
-        if self.step.score == "lasso" and (consumers := self._consumers(group)):
+        if self.step.ranked_by == "lasso" and (consumers := self._consumers(group)):
             return tuple(lasso(consumers, [width])[0].tolist())
         return tuple(sorted(self._ranked[group.name][0][group.size - width :].tolist()))
 

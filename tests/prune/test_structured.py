@@ -365,6 +365,17 @@ def test_a_penalty_drives_units_to_zero_before_they_go(penalty):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_scales_that_were_penalised_decide_unless_another_score_is_given():
+    model = make(Wide)
+    task = task_of(model, 64, train=lambda *_, **__: None)
+    settings = {"ratio": 0.5, "penalty": "slimming"}
+    kept = {
+        score: fw.compress(model, prune.Channels(score=score, **settings), task=task).edits[0].narrowing.kept
+        for score in (None, "batch_norm", "loss")
+    }
+    assert kept[None] == kept["batch_norm"] != kept["loss"]
+
+
 def test_a_penalty_without_anything_to_put_it_on_is_an_error():
     model = make(Transformer)
     step = prune.Channels(ratio=0.5, penalty="slimming")
@@ -1072,6 +1083,7 @@ def test_settings_survive_yaml():
         prune.Filters(ratio={"conv*": 0.5}, score="lasso", reconstruct=False),
         prune.Neurons(ratio=0.25, minimum=4, samples=64, epochs=1.5),
         prune.Heads(ratio=0.5, select="uniform"),
+        prune.Channels(ratio=0.5, score="loss", penalty="slimming"),
     )
     again = fw.Recipe.from_yaml(recipe.to_yaml())
     assert again == recipe
