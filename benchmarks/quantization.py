@@ -43,7 +43,7 @@ from featherweight.machine import processor
 
 HERE = Path(__file__).resolve().parent
 NNCF_SAMPLES = 300  # its default
-SEEN = 2048  # pictures that weights are fitted to: they are crops of a few hundred
+SEEN = quantize.GPTQ().samples  # our default, by blocks too
 
 
 def answers(model: nn.Module, images: Tensor, size: int = 1) -> Tensor:
@@ -249,11 +249,11 @@ def photographed_network(python: str | None, images: int) -> list[str]:
     ends = {"_conv_stem*": 8, "_fc": 8, "*": 4}
     ways: Sequence[tuple[str, Sequence[Any]]] = [
         ("W8A8 static", (static,)),
-        ("W8A8 static, weights by GPTQ", (quantize.GPTQ(bits=8, samples=SEEN), static)),
+        ("W8A8 static, weights by GPTQ", (quantize.GPTQ(bits=8), static)),
         ("W4A8 static", (quantize.Static(bits=4),)),
-        ("W4A8 static, weights by GPTQ", (quantize.GPTQ(bits=4, samples=SEEN), static)),
-        ("W4A8 static, weights by blocks (BRECQ)", (quantize.BRECQ(bits=4, samples=SEEN), static)),
-        ("the same, first and last layer W8", (quantize.BRECQ(bits=ends, samples=SEEN), static)),
+        ("W4A8 static, weights by GPTQ", (quantize.GPTQ(bits=4), static)),
+        ("W4A8 static, weights by blocks (BRECQ)", (quantize.BRECQ(bits=4), static)),
+        ("the same, first and last layer W8", (quantize.BRECQ(bits=ends), static)),
     ]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
