@@ -489,9 +489,9 @@ def _first(value: Any) -> Any:
 
 def _bad_values(model: nn.Module) -> list[str]:
     if lazy := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]:
-        return [f"{', '.join(lazy[:5])} have no shape yet: call the model once on an example"]
+        return [f"{first_few(lazy)} have no shape yet: call the model once on an example"]
     if empty := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
-        return [f"{', '.join(empty[:5])} are on the meta device, without values: load the model's weights"]
+        return [f"{first_few(empty)} are on the meta device, without values: load the model's weights"]
     parameters = [n for n, t in model.named_parameters() if not bool(torch.isfinite(_readable(t)).all())]
     norms = [name for name, module in model.named_modules() if isinstance(module, _NormBase)]
     finite = {f"{name}.{leaf}".removeprefix(".") for name in norms for leaf in ("running_mean", "running_var")}

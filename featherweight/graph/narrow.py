@@ -278,7 +278,7 @@ def _as_module(
         if not otherwise:
             return module, candidate(names), ""
         if names:
-            said = ", ".join(sorted({f"{_plain(likely[name])}{name[1]}" for name in names}))
+            said = ", ".join(sorted({f"{_prefix(likely[name])}{name[1]}" for name in names}))
             otherwise = f"{otherwise}, with {said} rewritten"
         why = why or otherwise
     return None, plan, why
@@ -289,7 +289,8 @@ def _is_layer_of_pytorch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
 
 
-def _plain(changes: Mapping[str, Any]) -> str:
+def _prefix(changes: Mapping[str, Any]) -> str:
+    """How names of the first of some modules begin."""
     path = min(changes)
     return f"{path}." if path else ""
 

@@ -39,7 +39,7 @@ from featherweight.curvature.lockstep import Lockstep
 from featherweight.curvature.selection import Consumer, greedy_elimination, lasso, reconstruct
 from featherweight.curvature.solve import damp, least_squares
 from featherweight.edits import Edit, Leave, Narrow
-from featherweight.errors import BudgetError, RecipeError
+from featherweight.errors import BudgetError, RecipeError, first_few
 from featherweight.forms import Layer, is_layer
 from featherweight.graph import (
     Behind,
@@ -102,8 +102,6 @@ CORRECTIONS = 6
 # How much of a limit may stay unused.
 SLACK = 0.01
 CURVE_POINTS = 40
-# Groups or layers that one note names.
-NAMED = 5
 # Of a group's units, how many removals there are between two looks at which unit is missed least.
 AT_ONCE = 64
 
@@ -245,7 +243,7 @@ class Structured(Step):
         settings = [setting for setting in (self.ratio, self.multiple_of, self.minimum) if isinstance(setting, Mapping)]
         patterns = [pattern for setting in settings for pattern in setting]
         if wrong := [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]:
-            known = f"which are {_some(names)}" if names else "of which there are none"
+            known = f"which are {first_few(names)}" if names else "of which there are none"
             raise RecipeError([f"{self.name}: the pattern {p!r} matches none of the groups, {known}" for p in wrong])
         if self.budget is not None:
             work.check(self.budget.limits(_metrics(study.start)))
@@ -296,7 +294,7 @@ class Structured(Step):
             edit = Narrow(made.narrowing)
             note = "the model's own class was kept"
             if rewritten := _rewritten(study.model, made.narrowing):
-                note += f", with attributes that say a width rewritten: {_some(rewritten)}"
+                note += f", with attributes that say a width rewritten: {first_few(rewritten)}"
             if made.narrowing.form == "graph":
                 note = f"the narrowed model is a captured graph, no longer of its own class: {made.narrowing.why}"
                 note += work.graph_limits()
@@ -315,7 +313,7 @@ class Structured(Step):
                 study.model.load_state_dict(trial.state_dict())
             gone.append(work.coupling.kept(kept))
             norms = norms_over_kept(work.coupling, kept)
-            kept_only = f"norms take their statistics over what was kept, not over zeros too: {_some(norms)}"
+            kept_only = f"norms take their statistics over what was kept, not over zeros too: {first_few(norms)}"
             study.notes += [said for said in ([kept_only] if norms else []) + [note] if said not in study.notes]
         if first is not None and self.rounds > 1:
             study.findings["choices"] = first.over_rounds(gone)
@@ -466,10 +464,10 @@ class _Work:
         why = "with as little left of every group as may be"
         advice = "ask for more, or ignore less"
         if bound := [group.name for group in self.groups if self.widths(group)[0] > 1]:
-            advice += f", or lower minimum or multiple_of, which hold {_some(bound)}"
+            advice += f", or lower minimum or multiple_of, which hold {first_few(bound)}"
         if not self.groups:
             reasons = [f"{name}: {reason}" for name, reason in self.left.items()]
-            why = f"{self.step.name} finds nothing to remove" + (f" ({_some(reasons)})" if reasons else "")
+            why = f"{self.step.name} finds nothing to remove" + (f" ({first_few(reasons)})" if reasons else "")
             advice = "ask for more, or use another step"
         for metric, limit in limits.items():
             if cost[metric] > limit:
@@ -566,7 +564,7 @@ class _Work:
         said = [f"lengths of its inputs, the batch's apart, are the example's ({trace.inputs})"]
         if not trace.dynamic:
             said.append(f"It takes only batches of {trace.inputs.batch_size}, the example's: {trace.note}")
-        said += [f"in it, {what}: {_some(names)}" for what, names in left_behind(self.study.original).items()]
+        said += [f"in it, {what}: {first_few(names)}" for what, names in left_behind(self.study.original).items()]
         return "".join(f". {sentence[0].upper()}{sentence[1:]}" for sentence in said)
 
     def _within(self, limits: Mapping[str, float], select: str) -> dict[str, int]:
@@ -876,7 +874,7 @@ class _Work:
             if others := sorted({site.layer or site.tensor for site in sites} - set(narrowed)):
                 study.notes.append(
                     "not refitted, though what they read was narrowed, as they are no Linear or Conv layers "
-                    f"with weights of their own that the example calls: {_some(others)}"
+                    f"with weights of their own that the example calls: {first_few(others)}"
                 )
         lockstep.close()
         norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
@@ -1016,7 +1014,7 @@ class _Work:
             shown = tuple(p for i, p in enumerate(points) if i % stride == 0 or i in (at, len(points) - 1))
             choices[group.name] = Choice(points[at], shown)
         for why, names in self.unscored.items():
-            self.study.notes.append(f"ranked by l2, as {why}: {_some(names)}")
+            self.study.notes.append(f"ranked by l2, as {why}: {first_few(names)}")
         by = self.step.select if self.step.budget is not None else "manual"
         self.study.findings.update(choices=choices, metric=self.metric, selected_by=by)
 
@@ -1103,12 +1101,6 @@ def _rewritten(model: nn.Module, narrowing: Narrowing) -> list[str]:
 
 def _key(kept: Mapping[str, Sequence[int]]) -> str:
     return repr(sorted((name, tuple(units)) for name, units in kept.items()))
-
-
-def _some(names: Sequence[str]) -> str:
-    """Names, as many as one note should have."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _share(cost: Mapping[str, float], limits: Mapping[str, float]) -> float:
