@@ -225,7 +225,6 @@ def photographed_network(python: str | None, images: int) -> list[str]:
     example = calibration[:1]
     exact, exact_named = (answers(network, x, 16) for x in (test, named.images))
     before = 100 * named.right(exact_named.argmax(1))
-    task = fw.Task(example, calibration=calibration.split(10))
     rows = []
 
     def row(label: str, path: Path, seconds: float, simulation: nn.Module | None = None) -> None:
@@ -264,8 +263,9 @@ def photographed_network(python: str | None, images: int) -> list[str]:
             for label, (path, taken, _) in peers(folder, calibration[:NNCF_SAMPLES], static.samples, python).items():
                 row(label, path, taken)
         for label, steps in ways:
+            needed = calibration[: max(step.samples for step in steps)]
             begun = time.process_time()
-            small = fw.compress(network, *steps, task=task)
+            small = fw.compress(network, *steps, task=fw.Task(example, calibration=needed.split(16)))
             taken = time.process_time() - begun
             path = folder / "ours.onnx"
             small.export("onnx", path, dynamic_batch=False, tolerance=10.0)  # judged here

@@ -327,10 +327,9 @@ class _Run:
         torch.manual_seed(self.seed + index)  # of its own, so that a run taken up again goes on as one in one piece
         step, begun, asked = self.recipe.steps[index], time.monotonic(), self.scorer.count
         study, self._checked = self._checked or self.study(), None
-        if score is None:
-            score = study.original_score
-        else:
-            study.__dict__["original_score"] = score
+        if score is None:  # nothing was done to it yet
+            score = self.scorer.of_original(self.model)
+        study.__dict__["original_score"] = score
         before = of_profile(self.profile, score)
         done: list[Edit] = []
         for edit in step.edits(study):

@@ -47,9 +47,20 @@ class Scorer:
         Raises:
             TaskError: evaluate raised, or returned something that is no finite number.
         """
+        return self._score(model, lambda: [self._compared(answer) for answer in self._answers(model)])
+
+    def of_original(self, original: nn.Module) -> float:
+        """The score of the original as it came; agreement has its answers already.
+
+        Raises:
+            TaskError: as any other score.
+        """
+        return self._score(original, lambda: self._reference)
+
+    def _score(self, model: nn.Module, answers: Callable[[], list[list[Tensor]]]) -> float:
         begun = time.perf_counter()
         with mode(model, training=False):
-            score = self._agreement(model) if self.task.evaluate is None else self._evaluate(model)
+            score = self._agreement(answers()) if self.task.evaluate is None else self._evaluate(model)
         if not math.isfinite(score):
             raise TaskError(f"the score of the model is {score}: its answers hold NaN or infinite values")
         self.count += 1
@@ -80,8 +91,7 @@ class Scorer:
         """What of an answer agreement looks at: a classifier's logits, otherwise every tensor."""
         return tensors_in(answer) if self._classes is None else [logits_of(answer)]
 
-    def _agreement(self, model: nn.Module) -> float:
-        answers = [self._compared(answer) for answer in self._answers(model)]
+    def _agreement(self, answers: Sequence[Sequence[Tensor]]) -> float:
         if self._classes is not None:
             dim = self._classes
             equal = [a[0].argmax(dim) == r[0].argmax(dim) for a, r in zip(answers, self._reference, strict=True)]

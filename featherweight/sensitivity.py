@@ -124,7 +124,7 @@ def sensitivity(
     scorer, before = Scorer(task, model), profile(model, task.inputs())
     study = Study(model, model, task, scorer, before.total, seed)
     bench = step._bench(study)
-    table, baseline = bench.table, study.original_score
+    table, baseline = bench.table, scorer.of_original(model)
 
     def points(name: str) -> tuple[Point, ...]:
         whole, *options = table.options[name]

@@ -86,6 +86,19 @@ def test_agreement_of_a_classifier_is_the_share_of_equal_classes():
     assert scorer.name == "agreement with the original (top-1)"
 
 
+def test_the_original_is_not_run_again_to_agree_with_itself():
+    original, calls = make(Mixed), []
+    original.register_forward_hook(lambda *_: calls.append(1))
+    scorer = Scorer(task_of(original), original)
+    asked = len(calls)
+    assert scorer.of_original(original) == 1.0
+    assert len(calls) == asked
+    assert scorer.count == 1
+    labelled = Scorer(fw.Task(Mixed.data(1), evaluate=lambda model: float(model(Mixed.data(1)).shape[0])), original)
+    assert labelled.of_original(original) == 1.0  # what the task says is asked
+    assert len(calls) == asked + 1
+
+
 def test_agreement_of_a_regression_is_one_minus_the_relative_error():
     original, other = make(Temporal), changed(Temporal, 0.02)
     scorer = Scorer(task_of(original), original)
