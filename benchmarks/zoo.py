@@ -57,7 +57,10 @@ AUXILIARY = "fastscnn deeplabv3 pspnet".split()  # noqa: SIM905
 LARGEST = 256
 # Settings and inputs of those that do not look at images of three channels, or not at those alone.
 OTHER: dict[str, Callable[[], tuple[dict[str, Any], Inputs]]] = {
-    "simpleposemobile_coco": lambda: ({"return_heatmap": True}, Inputs((torch.randn(1, 3, 256, 192),))),
+    **dict.fromkeys(
+        ("alphapose_coco", "simpleposemobile_coco"),  # whose points are found by branches on the values
+        lambda: ({"return_heatmap": True}, Inputs((torch.randn(1, 3, 256, 192),))),
+    ),
     "pfpcnet": lambda: ({}, Inputs((torch.randn(1, 1, 320, 240),))),
     "superpointnet": lambda: ({}, Inputs((torch.randn(1, 1, 224, 224),))),
     "nvpattexp": lambda: ({}, Inputs((torch.randn(1, 8, 16, 29), torch.full((1,), 3)))),

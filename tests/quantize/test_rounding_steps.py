@@ -73,6 +73,25 @@ def test_a_row_is_never_rounded_worse_than_to_the_nearest():
     assert found["quantize.AdaRound"] <= found["quantize.Weights"]
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_descent_lowers_what_learning_up_or_down_leaves(bits: int):
+    model = make(Temporal)
+    seen = fw.recipe._Run(fw.Recipe(quantize.GPTQ(bits=2)), model, task_of(model), 0, None).study()
+    layer = seen.original.grouped
+    statistics = seen.statistics({"grouped": layer}, 64, gradients=True)["grouped"]
+    left = []
+    for rounds in (0, 4):
+        step = quantize.AdaRound(bits=bits, steps=100, rounds=rounds)
+        of = step.known(layer, statistics)
+        assert of.gram is not None
+        grid = Grid(bits)
+        found_scales = rounding.scales(of, grid, layer.weight.shape, "mse")
+        scale, shift = (rounding.laid_out(each, grid, layer.weight.shape, of) for each in found_scales)
+        found = step.rounded(of, rounding.Lattice(scale, shift, grid.low, grid.high))
+        left.append(float(errors(of.weight, found, sweeps.steady(of)).sum()))
+    assert left[1] < left[0]
+
+
 def test_masked_weights_stay_zero_and_factors_are_rounded_too():
     model = make(Mixed)
     mask = torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) < 0.4
