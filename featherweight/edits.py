@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,7 +239,9 @@ class Quantize(Edit):
         return graph
 
     def describe(self) -> str:
-        return f"{len(self.edges)} activations rounded"
+        kinds = Counter(str(rounding) for rounding, _ in self.edges.values())
+        each = ", ".join(f"{count} to {kind}" for kind, count in kinds.items())
+        return f"{len(self.edges)} activations rounded{f': {each}' if each else ''}"
 
     def to_json(self) -> dict[str, Any]:
         edges = {
@@ -309,7 +312,7 @@ def as_graph(model: nn.Module, inputs: Inputs) -> ModelGraph:
 
 UNFOLDED = (
     "the batch norm behind it cannot be folded into it; ignore the layer in the earlier step, or round it there to "
-    "a symmetric grid with a scale for every output, or, for quantize.Static, give fold=False"
+    "a grid with a scale for every output, or, for quantize.Static, give fold=False"
 )
 
 
@@ -325,7 +328,7 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
     for constraint in constraints:
         if isinstance(constraint, Gridded):
             form = constraint.form
-            if form.axis is None or spread(factor).shape[form.axis] != len(factor) or not form.symmetric:
+            if form.axis is None or spread(factor).shape[form.axis] != len(factor):
                 raise EditError(
                     f"{name} lies on a grid of {form}, which does not let every output have its own scale: {UNFOLDED}"
                 )
@@ -333,6 +336,10 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
                 each = factor.abs().to(constraint.scale.dtype)
                 each = each.reshape(-1, *(1 for _ in constraint.scale.shape[1:]))
                 constraint.scale.mul_(torch.where(each > 0, each, 1))
+                if not form.symmetric:  # what changes its sign is counted from the other end
+                    turned = (factor < 0).reshape(each.shape)
+                    zero = (form.low + form.high - constraint.zero_point.long()).to(constraint.zero_point.dtype)
+                    constraint.zero_point.copy_(torch.where(turned, zero, constraint.zero_point))
         elif not isinstance(constraint, Masked):
             raise EditError(
                 f"{name} is confined to {constraint.extra_repr() or constraint}, and would not be after it is "

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from featherweight.export.quantized import DOMAIN, Activation, Marks, Weight
 from featherweight.forms import Grid
 from featherweight.graph.rules.call import arguments, operation_of
-from featherweight.quantize.placement import moves, operation_of_any
+from featherweight.quantize.placement import moves, operation_of_any, outputs_axis
 from featherweight.quantize.targets import EXECUTORCH
 
 LOW, HIGH = -128, 127  # of the weights' int8
@@ -247,7 +247,7 @@ class _Writer:
 
     def _codes(self, reader: fx.Node, name: str, mark: Weight) -> fx.Node:
         """The whole numbers of a weight with a scale for every output, brought to float in front of its reader."""
-        axis = _output_axis(reader)
+        axis = outputs_axis(reader)
         outputs = mark.codes.shape[axis]
         scale = torch.from_numpy(np.broadcast_to(mark.scale.astype(np.float32), (outputs,)).copy())
         held = {
@@ -296,7 +296,7 @@ def _reason(layer: fx.Node, weight: fx.Node, mark: Weight, finder: Finder) -> st
         return f"for {name} does not multiply whole numbers in {operation or 'the answer'}"
     if mark.group or mark.bits > 8 or not mark.signed or bool(mark.zero_point.any()):
         return f"for {name} wants weights of at most 8 signed bits with one scale for every output and no zero point"
-    if mark.axis is not None and mark.axis % mark.codes.ndim != _output_axis(layer):
+    if mark.axis is not None and mark.axis % mark.codes.ndim != outputs_axis(layer):
         return "for their scales are not those of outputs"
     if operation == "conv_transpose2d" and len(layer.args) > 6 and layer.args[6] != 1:
         return f"for {name} has no whole numbers for transposed convolutions with groups"
@@ -319,10 +319,6 @@ def _behind(layer: fx.Node) -> fx.Node | None:
         if operation_of_any(layer) not in INSIDE:
             break
     return layer
-
-
-def _output_axis(layer: fx.Node) -> int:
-    return 1 if operation_of(layer).startswith("conv_transpose") else 0
 
 
 def _step_to(node: fx.Node | None) -> Step | None:

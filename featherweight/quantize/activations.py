@@ -6,7 +6,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +41,10 @@ ABOUT_ZERO = 0.5
 # Samples that biases are corrected on: the means of two networks on the same samples differ by little else.
 CORRECTED, TAPS = 16, "taps"
 
+# Settings that are widths, and those by pattern of values' names; all others are by pattern of layers' names.
+WIDTHS_OF = ("bits", "activation_bits")
+OF_VALUES = ("activation_bits", "activation_symmetric", "ranges")
+
 
 @dataclass(frozen=True)
 class Activations(Step):
@@ -51,6 +55,12 @@ class Activations(Step):
             names get 8; `ignore` is what leaves layers alone.
         target: the runtime that it is made for: it decides where numbers are rounded, and how. The name of one of
             `TARGETS`, or a `Target`, in recipes a mapping of its fields.
+        granularity: what of a weight has a scale of its own: ``"channel"`` (every output) or ``"tensor"``; for all
+            layers, or by pattern. None, and layers that no pattern names: what the target has.
+        symmetric: whether weights have no zero point; for all layers, or by pattern, where layers that no pattern names
+            have none. Zero points pay with few bits, and not every target has kernels for them.
+        weight_ranges: ``"mse"`` (least squared error) or ``"min-max"``; for all layers, or by pattern, where layers
+            that no pattern names get ``"mse"``.
         headroom: whether weights of 8 bits get 7, so that the sum of two products fits into 16 bits; None for where the
             target is one that would overflow and this machine's processor lacks the instructions that would not. A
             file made with it serves everywhere.
@@ -61,6 +71,9 @@ class Activations(Step):
 
     bits: PerLayer[int] = 8
     target: Literal["onnxruntime-x86", "openvino", "generic-int8", "executorch"] | Target = "onnxruntime-x86"
+    granularity: PerLayer[Literal["channel", "tensor"]] | None = None
+    symmetric: PerLayer[bool] = True
+    weight_ranges: PerLayer[Literal["mse", "min-max"]] = "mse"
     headroom: bool | None = None
     ignore: tuple[str, ...] = ()
 
@@ -79,20 +92,39 @@ class Activations(Step):
             found += [f"target: {problem}" for problem in mistyped(self.target)]
         if found:
             return found
-        for setting in self._widths():
-            given = getattr(self, setting)
-            for bits in given.values() if isinstance(given, Mapping) else [given]:
-                if bits not in WIDTHS:
+        for setting in WIDTHS_OF:
+            for bits in _given(getattr(self, setting, None)).values():
+                if bits is not None and bits not in WIDTHS:
                     found.append(f"{setting} is {bits}: it can be 2 to 8, or 16")
+        found += self._without_kernels()
         if not sketch(task.inputs()):
             found.append("the example's inputs are nested in other containers: give tensors and plain values")
-        return found or self._unmatched(model, task)
+        return found or self._against(model, task)
 
-    def _unmatched(self, model: nn.Module, task: Task) -> list[str]:
-        """A sentence for every pattern that matches nothing."""
-        given = {name: getattr(self, name) for name in (*self._widths(), "ignore")}
-        given = {name: tuple(patterns) for name, patterns in given.items() if isinstance(patterns, Mapping | tuple)}
-        if not any(given.values()):
+    def _without_kernels(self) -> list[str]:
+        """A sentence for every setting that the target has no kernels for."""
+        target, found = self.runtime(), []
+        wanted = {
+            "granularity": ("channel", target.per_channel, "have one scale for all of a weight"),
+            "symmetric": (False, target.affine, "take no weights with zero points"),
+            "activation_symmetric": (
+                True, target.signed or target.both_signs, "take unsigned activations, with a zero point",
+            ),
+        }  # fmt: skip
+        for setting, (value, can, kernels) in wanted.items():
+            for pattern, given in _given(getattr(self, setting, None)).items():
+                if given == value and not can:
+                    found.append(f"{setting} is {given!r}{_where(pattern)}: {_kernels(target)} {kernels}; leave it out")
+        return found
+
+    def _against(self, model: nn.Module, task: Task) -> list[str]:
+        """A sentence for every pattern that matches nothing in the network, and every value that it cannot reach."""
+        names = [f.name for f in fields(self) if f.name not in ("target", "ignore")]
+        given = {name: getattr(self, name) for name in (*names, "ignore")}
+        patterns = {name: tuple(value) for name, value in given.items() if isinstance(value, Mapping | tuple)}
+        affine = _given(given.get("activation_symmetric"))
+        bound = self.runtime().signed_products and False in affine.values()
+        if not any(patterns.values()) and not bound:
             return []
         try:
             graph = as_graph(working_copy(model).eval(), task.inputs().on(model))
@@ -101,15 +133,24 @@ class Activations(Step):
         values, layers = value_names(graph), layer_names(model, inside=True)
         weights = [weight_of(node) for node in values if operation_of_any(node) != "batch_norm"]
         layers = list(dict.fromkeys([*layers, *(w.removesuffix(".weight") for w in weights if w is not None)]))
-        known = {
-            "bits": (layers, "layers"),
-            "activation_bits": (list(values.values()), "values"),
-            "ignore": (list(dict.fromkeys([*layers, *values.values()])), "layers and values"),
-        }
-        return [problem for setting, patterns in given.items() for problem in unmatched(patterns, *known[setting])]
-
-    def _widths(self) -> tuple[str, ...]:
-        return ("bits",)
+        every = list(values.values())
+        found = []
+        for setting, named in patterns.items():
+            if setting == "ignore":
+                found += unmatched(named, list(dict.fromkeys([*layers, *every])), "layers and values")
+            elif setting in OF_VALUES:
+                found += unmatched(named, every, "values")
+            else:
+                found += unmatched(named, layers)
+        if bound:
+            edges = place(graph, self.runtime(), self.refused).edges
+            found += [
+                f"activation_symmetric is False for {name!r}, the second operand of a product: "
+                f"{_kernels(self.runtime())} want it symmetric; give True for it in front of that pattern"
+                for name, edge in edges.items()
+                if edge.symmetric and for_layer(given["activation_symmetric"], name, None) is False
+            ]
+        return found
 
     # What all of them do --------------------------------------------------------------------------------------------
 
@@ -162,25 +203,40 @@ class Activations(Step):
                 left[name] = "ignored, as asked" if matches(name, self.ignore) else "the example never calls it"
         return left
 
-    def rounding(self, edge: Edge, bits: int, seen: Observer) -> Rounding:
-        """How an edge is rounded for the target."""
+    def rounding(self, edge: Edge, bits: int, seen: Observer, symmetric: bool | None = None) -> Rounding:
+        """How an edge is rounded for the target; symmetric or not as the target has it, where nothing else is asked."""
         target = self.runtime()
-        nearer, further = sorted((-seen.lowest, seen.highest))
-        symmetric = edge.symmetric or (edge.padded and nearer > ABOUT_ZERO * further)
+        if symmetric is None:
+            nearer, further = sorted((-seen.lowest, seen.highest))
+            symmetric = edge.symmetric or (edge.padded and nearer > ABOUT_ZERO * further)
         return Rounding(bits, signed=symmetric or target.signed, symmetric=symmetric)
 
-    def weights(self, study: Study, placement: Placement, by: str, scales: Mapping[str, Tensor]) -> Iterator[Edit]:
+    def grid(self, weight: str, axis: int) -> Grid:
+        """The grid of a weight.
+
+        Args:
+            weight: its name.
+            axis: of the layer's outputs in it.
+        """
+        layer = weight.removesuffix(".weight")
+        asked = for_layer(self.bits, layer, default=8)
+        bits = 7 if asked == 8 and self.has_headroom() else asked
+        own = "channel" if self.runtime().per_channel else "tensor"
+        whole = own if self.granularity is None else for_layer(self.granularity, layer, default=own)
+        symmetric = for_layer(self.symmetric, layer, default=True)
+        return Grid(bits, symmetric, axis=None if whole == "tensor" else axis, tensor=weight.rpartition(".")[2])
+
+    def weights(self, study: Study, placement: Placement, scales: Mapping[str, Tensor]) -> Iterator[Edit]:
         """Put the layers' weights on grids, those left out that an earlier step has confined to whole numbers.
 
         Args:
             study: of the graph.
             placement: which weights.
-            by: ``"mse"`` or ``"min-max"``.
             scales: of what reaches a layer, by the weight's name, where it is rounded.
         """
         graph = study.model
         assert isinstance(graph, ModelGraph)
-        target, choices = self.runtime(), dict[str, Choice]()
+        choices, narrowed = dict[str, Choice](), False
         for name, axis in placement.weights.items():
             path, _, leaf = name.rpartition(".")
             layer = name.removesuffix(".weight")
@@ -189,22 +245,24 @@ class Activations(Step):
             if held:
                 study.notes.append(f"{layer} keeps the weights that an earlier step has put on a grid")
                 continue
-            asked = for_layer(self.bits, layer, default=8)
-            bits = 7 if asked == 8 and self.has_headroom() else asked
+            grid = self.grid(name, axis)
+            narrowed |= grid.bits != for_layer(self.bits, layer, default=8)
             weight = getattr(holder, leaf).detach()
-            grid = Grid(bits, axis=axis if target.per_channel else None, tensor=leaf)
             bias = getattr(holder, "bias", None)
             made = grid.build(holder)
             rows = grid.rows(weight)
-            scale, _ = least_error(rows, grid, steps=20) if by == "mse" and bits <= 8 else min_max(rows, grid)
-            if name in scales and isinstance(bias, Tensor) and bias.shape == scale.shape:
+            searched = for_layer(self.weight_ranges, layer, default="mse") == "mse" and grid.bits <= 8
+            scale, zero_point = least_error(rows, grid, steps=20) if searched else min_max(rows, grid)
+            if name in scales and isinstance(bias, Tensor) and (not scale.ndim or bias.shape == scale.shape):
                 # The bias becomes a whole number of 32 bits, in steps of the two scales' product.
                 least = bias.detach().abs().float() / (2.0**30 * scales[name].to(scale))
-                scale = torch.maximum(scale, least)
-            (_gridded(made, leaf)).scale.data.copy_(short(scale, grid))
+                scale = torch.maximum(scale, least if scale.ndim else least.amax())
+            gridded = _gridded(made, leaf)
+            gridded.scale.data.copy_(short(scale, grid))
+            gridded.zero_point.copy_(zero_point)
             yield Constrain(path, grid, made.state_dict())
-            choices[layer] = Choice(Point(f"{bits} bits", bits / (8 * weight.element_size())))
-        if self.has_headroom() and any(choice.chosen.setting == "7 bits" for choice in choices.values()):
+            choices[layer] = Choice(Point(str(grid), grid.bits / (8 * weight.element_size())))
+        if narrowed:
             study.notes.append(
                 f"weights have 7 bits, for sums of two products to fit into 16 on processors such as {processor()}"
             )
@@ -235,11 +293,20 @@ class Watching(nn.Module):
         return x
 
 
-def observe(study: Study, placement: Placement, samples: int, histogram: bool) -> dict[str, Observer]:
-    """What goes along the placement's edges on the calibration data, by the values' names."""
+def observe(study: Study, placement: Placement, samples: int, ranges: PerLayer[str]) -> dict[str, Observer]:
+    """What goes along the placement's edges on the calibration data, by the values' names.
+
+    Args:
+        study: of the graph.
+        placement: which edges.
+        samples: how many to look at.
+        ranges: how ranges will be chosen: most ways need a histogram.
+    """
     graph = copy.deepcopy(study.model)
     assert isinstance(graph, ModelGraph)
-    watching = {name: Watching(histogram) for name in placement.edges}
+    watching = {
+        name: Watching(for_layer(ranges, name, default="mse") not in ("min-max", "average")) for name in placement.edges
+    }
     put_on_edges(graph, {name: _readers(edge) for name, edge in placement.edges.items()}, watching.__getitem__)
     total = 0
     with torch.no_grad(), mode(graph, training=False):
@@ -343,7 +410,8 @@ def quantized(
     edges: Mapping[str, Edge],
     observers: Mapping[str, Observer],
     bits: PerLayer[int],
-    by: str,
+    symmetric: PerLayer[bool] | None,
+    ranges: PerLayer[str],
 ) -> Quantize:
     """The edit that rounds edges, their ranges chosen."""
     made, values = {}, {}
@@ -351,8 +419,9 @@ def quantized(
         seen = observers[name]
         if edge.ceiling < math.inf:
             seen = replace(seen, highest=min(seen.highest, edge.ceiling))
-        rounding = step.rounding(edge, for_layer(bits, name, default=8), seen)
-        values[name] = range_of(seen, rounding.grid, by)
+        asked = None if symmetric is None else for_layer(symmetric, name, default=None)
+        rounding = step.rounding(edge, for_layer(bits, name, default=8), seen, asked)
+        values[name] = range_of(seen, rounding.grid, for_layer(ranges, name, default="mse"))
         readers = _readers(edge)
         made[name] = (rounding, None if readers is None else tuple(sorted(readers)))
     return Quantize(made, values)
@@ -451,3 +520,16 @@ def _gridded(layer: nn.Module, tensor: str) -> Gridded:
     found = constraints_on(layer, tensor)[-1]
     assert isinstance(found, Gridded)
     return found
+
+
+def _given(setting: Any) -> Mapping[str | None, Any]:
+    """What a setting gives by pattern; what it gives to all stands under None."""
+    return setting if isinstance(setting, Mapping) else {None: setting}
+
+
+def _where(pattern: str | None) -> str:
+    return "" if pattern is None else f" for {pattern!r}"
+
+
+def _kernels(target: Target) -> str:
+    return f"the kernels of {target.name}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from featherweight.edits import Edit, Quantize
 from featherweight.forms import Rounding
@@ -24,12 +23,8 @@ class Dynamic(Activations):
     """Round weights of Linear layers beforehand and what reaches them at every call; nothing is calibrated or trained.
 
     The range of an activation is that of the whole batch, so an answer depends a little on what else is in its batch.
-
-    Attributes:
-        weight_ranges: ``"mse"`` or ``"min-max"``.
+    Activations have 8 bits and a zero point, for that is all that runtimes find at a call.
     """
-
-    weight_ranges: Literal["mse", "min-max"] = "mse"
 
     def runtime(self) -> Target:
         """The target, in which only Linear layers find their ranges at every call."""
@@ -50,4 +45,4 @@ class Dynamic(Activations):
         }
         if edges:
             yield Quantize(edges)
-        yield from self.weights(study, placement, self.weight_ranges, {})
+        yield from self.weights(study, placement, {})

@@ -117,7 +117,7 @@ class _Placing:
         weights: dict[str, int] = {}
         for node in (n for n in self.names if n in self.layers):
             if (weight := weight_of(node)) is not None:
-                weights[weight] = 1 if operation_of(node).startswith("conv_transpose") else 0
+                weights[weight] = outputs_axis(node)
         return Placement(ordered, weights, tuple(self.names[n] for n in self.names if n in whole), self.left)
 
     def _is_layer(self, node: fx.Node, refused: Callable[[str], str | None]) -> bool:
@@ -228,6 +228,11 @@ class _Placing:
 def operation_of_any(node: fx.Node) -> str:
     """The operation of a node; empty for inputs, tensors and the answer."""
     return operation_of(node) if node.op == "call_function" else ""
+
+
+def outputs_axis(layer: fx.Node) -> int:
+    """The axis of a layer's outputs in its weight."""
+    return 1 if operation_of(layer).startswith("conv_transpose") else 0
 
 
 def _pads(convolution: fx.Node) -> bool:

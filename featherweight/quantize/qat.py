@@ -23,7 +23,9 @@ from featherweight.edits import Edit, Fold
 from featherweight.errors import TaskError, first_few
 from featherweight.forms import Rounded
 from featherweight.forms.grid import Gridded
-from featherweight.graph import ModelGraph
+from featherweight.graph import ModelGraph, value_names, weight_of
+from featherweight.graph.rules.call import arguments
+from featherweight.graph.trace import attribute
 from featherweight.layers import PerLayer
 from featherweight.mend import finetune
 from featherweight.quantize.activations import (
@@ -36,7 +38,7 @@ from featherweight.quantize.activations import (
     scales_read,
     seen_edges,
 )
-from featherweight.quantize.placement import place
+from featherweight.quantize.placement import outputs_axis, place
 from featherweight.score import class_dimension, logits_of
 from featherweight.study import Study
 from featherweight.task import Task
@@ -60,7 +62,8 @@ class QAT(Activations):
         distill: train towards the answers of the network as it was before the step, and not by ``task.loss``: the
             divergence of classifiers' distributions, the squared error of other answers.
         temperature: of the distributions.
-        ranges, weight_ranges: where the grids begin, as in `Static`.
+        activation_symmetric: as in `Static`.
+        ranges: of activations, where the grids begin, as in `Static`; `weight_ranges` says it of weights.
         samples: how many calibration samples to look at for that.
     """
 
@@ -69,8 +72,8 @@ class QAT(Activations):
     learn: Literal["lsq", "lsq+", "pact", "nothing"] = "lsq"
     distill: bool = False
     temperature: float = 1.0
-    ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
-    weight_ranges: Literal["mse", "min-max"] = "mse"
+    activation_symmetric: PerLayer[bool] | None = None
+    ranges: PerLayer[Literal["mse", "min-max", "average", "percentile", "entropy"]] = "mse"
     samples: int = 64
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
@@ -85,22 +88,38 @@ class QAT(Activations):
             )
         return found
 
-    def _widths(self) -> tuple[str, ...]:
-        return ("bits", "activation_bits")
-
     def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
         """Place and round as static quantization does, train, fold."""
-        norms, norms_left = norms_of(graph)
+        able, norms_left = norms_of(graph)
+        norms = [name for name in able if self._scaled_by(graph, name)]
+        if early := [name for name in able if name not in norms]:
+            yield Fold(tuple(early))
+            study.notes.append(
+                "folded before the training, for outputs without scales of their own could not take them up "
+                f"afterwards: {', '.join(early)}"
+            )
         placement = place(graph, self.runtime(), self.refused, norms)
-        observers = observe(study, placement, self.samples, self.ranges not in ("min-max", "average"))
+        observers = observe(study, placement, self.samples, self.ranges)
         edges, unseen = seen_edges(placement, observers)
         yield from leave({**self.reasons(study, placement), **norms_left, **unseen})
-        yield quantized(self, edges, observers, self.activation_bits, self.ranges)
-        yield from self.weights(study, placement, self.weight_ranges, scales_read(graph, placement))
+        made = quantized(self, edges, observers, self.activation_bits, self.activation_symmetric, self.ranges)
+        yield made
+        study.notes.append(made.describe())
+        yield from self.weights(study, placement, scales_read(graph, placement))
         self._train(study, graph)
         if norms:
             yield Fold(tuple(norms))
         round_biases(graph, placement)
+
+    def _scaled_by(self, graph: ModelGraph, norm: str) -> bool:
+        """Whether the scales of the layer in front of a batch norm, one for every output, can take up its factors."""
+        node = next(node for node, name in value_names(graph).items() if name == norm)
+        layer = node.all_input_nodes[0]
+        weight = weight_of(layer)
+        assert weight is not None
+        axis = self.grid(weight, outputs_axis(layer)).axis
+        outputs = len(attribute(graph, str(arguments(node)["running_mean"].target)))
+        return axis is not None and attribute(graph, weight).shape[axis] == outputs
 
     def _train(self, study: Study, graph: ModelGraph) -> None:
         learned = {name: m for name, m in graph.named_modules() if isinstance(m, Rounded | Gridded)}

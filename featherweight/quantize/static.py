@@ -45,9 +45,11 @@ class Static(Activations):
 
     Attributes:
         activation_bits: of the activations, 2 to 8 or 16: for all, or by pattern of their names; 8 for the others.
+        activation_symmetric: whether activations are signed and have no zero point: for all, or by pattern of their
+            names. None, and values that no pattern names: as the target has it.
         ranges: of activations: ``"mse"`` (least squared error), ``"min-max"``, ``"average"`` (a running average of
-            batches), ``"percentile"`` (99.99 % of the values) or ``"entropy"`` (least divergence).
-        weight_ranges: ``"mse"`` or ``"min-max"``.
+            batches), ``"percentile"`` (99.99 % of the values) or ``"entropy"`` (least divergence); for all, or by
+            pattern of their names, ``"mse"`` for the others.
         correct_biases: whether biases take up what rounding does to the means of layers' outputs, where there is
             calibration data.
         samples: how many calibration samples to look at.
@@ -55,8 +57,8 @@ class Static(Activations):
     """
 
     activation_bits: PerLayer[int] = 8
-    ranges: Literal["mse", "min-max", "average", "percentile", "entropy"] = "mse"
-    weight_ranges: Literal["mse", "min-max"] = "mse"
+    activation_symmetric: PerLayer[bool] | None = None
+    ranges: PerLayer[Literal["mse", "min-max", "average", "percentile", "entropy"]] = "mse"
     correct_biases: bool = True
     samples: int = 64
     fold: bool = True
@@ -67,9 +69,6 @@ class Static(Activations):
             found.append("samples must be at least 1")
         return found
 
-    def _widths(self) -> tuple[str, ...]:
-        return ("bits", "activation_bits")
-
     def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
         """Fold, place, watch, round."""
         able, norms_left = norms_of(graph)
@@ -78,13 +77,15 @@ class Static(Activations):
             yield Fold(tuple(able))
             check_folded(study, before)
         placement = place(graph, self.runtime(), self.refused)
-        observers = observe(study, placement, self.samples, self.ranges not in ("min-max", "average"))
+        observers = observe(study, placement, self.samples, self.ranges)
         edges, unseen = seen_edges(placement, observers)
         yield from leave({**self.reasons(study, placement), **norms_left, **unseen})
         corrects = self.correct_biases and study.task.has_calibration
         before = copy.deepcopy(graph) if corrects else graph
-        yield quantized(self, edges, observers, self.activation_bits, self.ranges)
-        yield from self.weights(study, placement, self.weight_ranges, scales_read(graph, placement))
+        made = quantized(self, edges, observers, self.activation_bits, self.activation_symmetric, self.ranges)
+        yield made
+        study.notes.append(made.describe())
+        yield from self.weights(study, placement, scales_read(graph, placement))
         if corrects:
             correct_biases(study, placement, before)
         round_biases(graph, placement)

@@ -39,7 +39,11 @@ class Target:
         signed_products: whether the second operand of a product of two activations is signed and symmetric.
         signed_padded: whether what a convolution reads that pads is signed and symmetric, where values lie about 0:
             its kernels are slower where zero is another number than 0.
-        per_channel: whether a weight has a scale for every output.
+        both_signs: whether an unsigned target has kernels for signed activations as well.
+        per_channel: whether a weight has a scale for every output, unless one for all of them is asked for; otherwise
+            it can have no other than that.
+        affine: whether a weight may have zero points: ONNX Runtime subtracts them from its sums, OpenVINO computes such
+            layers in float32, and XNNPACK and the int8 of LiteRT have none.
         bits: widths of weights and activations that it has integer kernels for.
         saturates: whether sums of two products overflow 16 bits on processors that have no instruction for whole ones
             (AVX2 and AVX-512 without VNNI), so that weights need 7 bits there.
@@ -54,7 +58,9 @@ class Target:
     signed: bool = False
     signed_products: bool = False
     signed_padded: bool = False
+    both_signs: bool = False
     per_channel: bool = True
+    affine: bool = False
     bits: tuple[int, ...] = (8,)
     saturates: bool = False
 
@@ -77,6 +83,7 @@ ONNXRUNTIME_X86 = Target(
     between=("add", "mul", "cat", "mean", "sigmoid", "leaky_relu", *POOLS),
     fused=CLIPS,
     rounded_results=(*CONVOLUTIONS, "add", "mul", "cat", "mean", "sigmoid", "leaky_relu", *POOLS),
+    affine=True,
     saturates=True,
 )
 OPENVINO = Target(
@@ -87,6 +94,7 @@ OPENVINO = Target(
     sums=True,
     signed_products=True,
     signed_padded=True,
+    both_signs=True,
     saturates=True,
 )
 GENERIC_INT8 = Target(

@@ -138,7 +138,10 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
         "optimal": {"budget": fw.Budget(bytes=0.4)},
     },
     quantize.Ternary: {"plain": {}, "without data": {"data_aware": False}},
-    quantize.Static: {"plain": {}, "few bits": {"bits": {"*": 4}, "activation_bits": 5, "ranges": "percentile"}},
+    quantize.Static: {
+        "plain": {},
+        "few bits": {"bits": {"*": 4}, "symmetric": False, "activation_bits": 5, "ranges": "percentile"},
+    },
     quantize.Dynamic: {"plain": {}},
     quantize.QAT: {
         "plain": {"bits": 4, "activation_bits": 4, "epochs": 2},

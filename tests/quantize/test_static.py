@@ -328,7 +328,7 @@ def test_weights_of_an_earlier_step_keep_their_grid():
     assert any("keeps the weights that an earlier step" in note for note in small.ledger.steps[1].notes)
 
 
-@pytest.mark.parametrize("before", [quantize.Weights(bits="fp16"), quantize.Weights(bits=4, symmetric=False)])
+@pytest.mark.parametrize("before", [quantize.Weights(bits="fp16"), quantize.Weights(bits=4, granularity="tensor")])
 def test_weights_that_no_batch_norm_can_be_folded_into_are_said_with_what_to_do(before):
     model = make(Residual)
     with pytest.raises(EditError, match=r"stem.weight .* batch norm behind it cannot be folded.*fold=False"):
