@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from torch import Tensor, nn
 
@@ -93,6 +93,10 @@ class Layerwise(Step):
 
     # What a technique says ------------------------------------------------------------------------------------------
 
+    def at(self, name: str) -> Self:
+        """The step as it works on the values of one layer: what it has by pattern is what that layer gets."""
+        return self
+
     @abstractmethod
     def unfit(self, layer: Layer) -> str | None:
         """Why the technique cannot replace such a layer; None where it can."""
@@ -122,7 +126,7 @@ class Layerwise(Step):
     def options(self, name: str, layer: Layer, calls: Sequence[LayerCall], seen: Statistics | None) -> list[Option]:
         """All ways of replacing a layer, by rising cost, each with the loss it is predicted to bring."""
         priced = self.priced(name, layer, calls)
-        losses = self.losses(layer, priced, seen)
+        losses = self.at(name).losses(layer, priced, seen)
         return [replace(option, loss=loss) for option, loss in zip(priced, losses, strict=True)]
 
     @abstractmethod
@@ -325,7 +329,7 @@ class Bench:
 
     def fitted(self, name: str, form: Form, seen: Statistics | None) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """The values of a layer in a new form, and what the batch norm behind it is to take up; None where nothing."""
-        values = self.step.values(self.lent(name), form, seen)
+        values = self.step.at(name).values(self.lent(name), form, seen)
         if name not in self.norms:
             return values, None
         return without_bias(values, form.build(self.layers[name], "meta").state_dict())
@@ -356,7 +360,7 @@ class Bench:
         """Every layer's options, with the losses they are predicted to bring."""
         options: dict[str, tuple[Option, ...]] = {}
         for name, (whole, *others) in track(self.prices.options.items(), "weighing every layer's options"):
-            losses = self.step.losses(self.lent(name), others, self.statistics.get(name))
+            losses = self.step.at(name).losses(self.lent(name), others, self.statistics.get(name))
             options[name] = (whole, *(replace(o, loss=loss) for o, loss in zip(others, losses, strict=True)))
         return replace(self.prices, options=options)
 

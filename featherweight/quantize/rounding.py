@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Rounding(Layerwise):
         ranges: how far a grid reaches: ``"output"`` (least error of the layer's output once its values are rounded; as
             ``"mse"`` without data, for a grid that several outputs share, for groups, and to choose bits by),
             ``"mse"`` (least error of the values, weighed by what the inputs are), ``"min-max"`` (all values) or
-            ``"percentile"`` (99.9 % of them).
+            ``"percentile"`` (99.9 % of them); per layer where it is a mapping.
     """
 
     bits: PerLayer[int | str] | None = None
@@ -91,7 +91,7 @@ class Rounding(Layerwise):
     symmetric: PerLayer[bool] = True
     granularity: PerLayer[Literal["channel", "tensor"]] = "channel"
     group: PerLayer[int] = 0
-    ranges: Literal["output", "mse", "min-max", "percentile"] = "output"
+    ranges: PerLayer[Literal["output", "mse", "min-max", "percentile"]] = "output"
 
     stage: ClassVar[Stage] = Stage.VALUES
     inside_forms: ClassVar[bool] = True
@@ -100,6 +100,10 @@ class Rounding(Layerwise):
     @abstractmethod
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
         """The values that the technique rounds to, given a Gram matrix: (groups, outputs, d)."""
+
+    def at(self, name: str) -> Self:
+        ranges: Any = for_layer(self.ranges, name, "output")
+        return replace(super().at(name), ranges=ranges)
 
     def drafted(self, of: Matrix, lattice: Lattice) -> Tensor:
         """Values as good as those, but for a little, and found sooner: what scales are judged by."""
@@ -257,7 +261,7 @@ class Rounding(Layerwise):
             return found, scale, None
         assert isinstance(form, Grid)
         gram = self.weighing(of)
-        scale, zero_point = scales(of, form, shape, self.ranges)
+        scale, zero_point = scales(of, form, shape, cast(str, self.ranges))  # of one layer by now: `at`
         scale, shift = short(scale, form), laid_out(zero_point, form, shape, of)
         rows_apart = form.axis == 0 and not form.group
         if gram is not None and rows_apart and self.ranges == "output":

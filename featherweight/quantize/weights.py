@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from featherweight.curvature.sweeps import Matrix
 from featherweight.edits import Constrain, Edit
 from featherweight.errors import DropExceeded
 from featherweight.forms import Layer
+from featherweight.layers import for_layer
 from featherweight.layerwise import Jointly
 from featherweight.ledger import Snapshot
 from featherweight.quantize.adaround import AdaRound
@@ -29,6 +30,7 @@ from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.rounding import Lattice, Rounding
 from featherweight.search.options import Option, Plan
 from featherweight.study import Study
+from featherweight.task import Task
 
 EFFORTS = ("nearest", "equalized", "gptq", "adaround", "blocks")
 
@@ -42,10 +44,28 @@ class Weights(Rounding):
 
     Attributes:
         effort: how weights are rounded: ``"nearest"``, ``"equalized"`` (the same with channels equalized between layers
-            and biases corrected), ``"gptq"``, ``"adaround"`` or ``"blocks"`` (as BRECQ).
+            and biases corrected), ``"gptq"``, ``"adaround"`` or ``"blocks"`` (as BRECQ). Per layer where it is a
+            mapping, in which the two that work on several layers at once have no place; layers that it does not name
+            get ``"gptq"``.
     """
 
-    effort: Literal["nearest", "equalized", "gptq", "adaround", "blocks"] = "gptq"
+    effort: (
+        Literal["nearest", "equalized", "gptq", "adaround", "blocks"]
+        | Mapping[str, Literal["nearest", "gptq", "adaround"]]
+    ) = "gptq"
+
+    def problems(self, model: nn.Module, task: Task) -> list[str]:
+        found = super().problems(model, task)
+        if not found and self.escalates and isinstance(self.effort, Mapping):
+            found.append(
+                "effort differs by layer, and with bits and a drop alone efforts are tried in turn for all layers: "
+                "give one effort, the last to try"
+            )
+        return found
+
+    def at(self, name: str) -> Self:
+        effort: Any = for_layer(self.effort, name, "gptq")
+        return replace(super().at(name), effort=effort)
 
     def ways(self) -> dict[str, Any]:
         return {**super().ways(), **({"budget": None} if self.escalates else {})}
@@ -112,7 +132,7 @@ class Weights(Rounding):
         assert self.budget.drop is not None
         best: tuple[float, str, Study, list[Edit]] | None = None
         scores: dict[str, float] = {}
-        for effort in EFFORTS[: EFFORTS.index(self.effort) + 1]:
+        for effort in EFFORTS[: EFFORTS.index(str(self.effort)) + 1]:
             trial = replace(study, model=copy.deepcopy(study.original), notes=[], findings={}, worked_out={})
             done: list[Edit] = []
             for edit in replace(self, budget=None, effort=effort).edits(trial):  # type: ignore[arg-type]

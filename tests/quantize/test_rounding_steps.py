@@ -151,6 +151,45 @@ def test_efforts_are_tried_in_turn_until_the_drop_is_small_enough():
     assert entry.after.score == pytest.approx(max(map(float, scores.values())), abs=1e-3)
 
 
+def test_ranges_and_efforts_by_pattern_round_each_layer_as_if_they_were_for_all():
+    model = make(Residual)
+    task = task_of(model)
+
+    def weights(**chosen: object) -> dict[str, torch.Tensor]:
+        step = quantize.Weights(bits=3, asymmetric=False, **chosen)  # type: ignore[arg-type]
+        small = fw.compress(model, step, task=task).model
+        return {name: small.get_submodule(name).weight.detach() for name in ("one", "down", "head")}
+
+    mixed = weights(ranges={"head": "min-max", "down": "percentile"}, effort={"one": "nearest", "down": "adaround"})
+    alone = {
+        "one": weights(effort="nearest"),
+        "down": weights(effort="adaround", ranges="percentile"),
+        "head": weights(ranges="min-max"),  # and gptq, which the others get
+    }
+    for name, layer in mixed.items():
+        assert [other for other, found in alone.items() if torch.equal(found[name], layer)] == [name]
+    found = fw.sensitivity(model, task, quantize.GPTQ(ranges={"head": "min-max"}, offer=(3,)), measure=False)
+    plain = fw.sensitivity(model, task, quantize.GPTQ(offer=(3,)), measure=False)
+    differs = [n for n, points in found.layers.items() if points[0].predicted_loss != plain.layers[n][0].predicted_loss]
+    assert differs == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"bits": 4, "ranges": {"haed": "mse"}}, "the pattern 'haed' matches none of"),
+        ({"bits": 4, "effort": {"haed": "gptq"}}, "the pattern 'haed' matches none of"),
+        ({"bits": 4, "effort": {"head": "blocks"}}, "effort is {'head': 'blocks'}"),
+        ({"bits": 4, "effort": {"*": "nearest"}, "budget": fw.Budget(drop=0.1)}, "effort differs by layer"),
+    ],
+)
+def test_ranges_and_efforts_that_no_layer_can_have_are_refused(chosen, message):
+    model = make(Residual)
+    with pytest.raises(RecipeError) as found:
+        fw.compress(model, quantize.Weights(**chosen), task=task_of(model))
+    assert message in str(found.value)
+
+
 def test_scales_are_of_a_tensor_a_channel_or_a_group_as_asked():
     model = make(Mixed)
     step = quantize.GPTQ(bits=4, granularity={"first": "tensor", "*": "channel"}, group={"second": 10}, symmetric=False)
