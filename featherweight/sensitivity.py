@@ -1,11 +1,15 @@
-"""How much every layer suffers from every option of a technique: what curvature predicts, and what is measured."""
+"""How much every layer suffers from every option of a technique: what curvature predicts, and what is measured.
+
+Of activations, whose rounding curvature says nothing of, the divergence of the network's answers is measured instead.
+"""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +18,17 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from torch import nn
 
-from featherweight.cost.count import profile
+from featherweight.cost.count import Profile, profile
+from featherweight.edits import as_graph
 from featherweight.errors import RecipeError
+from featherweight.forms.grid import WIDTHS
+from featherweight.graph import value_names
 from featherweight.layerwise import Layerwise
 from featherweight.ledger import Choice, Entry, Ledger, Point, machine
 from featherweight.progress import track
-from featherweight.quantize import Weights
+from featherweight.quantize import Static, Weights
 from featherweight.report import words, write
-from featherweight.score import Scorer
+from featherweight.score import Divergence, Scorer
 from featherweight.search.budget import Budget
 from featherweight.snapshot import of_profile
 from featherweight.study import Study
@@ -37,9 +44,12 @@ class Sensitivity:
         metric: the cost that shares are of.
         baseline: the score of the network as it is.
         layers: by layer in calling order, its options by rising cost: share of the layer's cost, predicted rise of the
-            loss, and the measured score (None where it was not measured); the layer as it is comes last.
+            loss, and the measured score (None where it was not measured); the layer as it is comes last. Of
+            `quantize.Static` they are values, by the names that `activation_bits` has them by.
         left: layers that the technique cannot change, with the reason.
         ledger: the same as a ledger, whose report plots the curves.
+        by: what predicts the rise of the loss: ``"curvature"``, or ``"divergence"``, how far the network's own answers
+            on the calibration data move: of a classifier in nats a sample, otherwise as a share of their squares.
     """
 
     step: str
@@ -48,6 +58,7 @@ class Sensitivity:
     layers: Mapping[str, tuple[Point, ...]]
     left: Mapping[str, str]
     ledger: Ledger
+    by: str = "curvature"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data."""
@@ -57,7 +68,7 @@ class Sensitivity:
             ]
             for name, points in self.layers.items()
         }
-        known = {"step": self.step, "metric": self.metric, "baseline": self.baseline}
+        known = {"step": self.step, "metric": self.metric, "baseline": self.baseline, "by": self.by}
         return {**known, "layers": layers, "left": dict(self.left)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -78,7 +89,8 @@ class Sensitivity:
         for name, points in self.layers.items():
             found = {p.setting: p for p in points}
             table.add_row(words.name(name), *(self._cell(found.get(setting)) for setting in settings))
-        table.caption = f"Predicted rise of the loss, and how far the score falls from {self.baseline:.4g}."
+        lost = "Predicted rise of the loss" if self.by == "curvature" else "Divergence of the answers"
+        table.caption = f"{lost}, and how far the score falls from {self.baseline:.4g}."
         return table
 
     def _cell(self, point: Point | None) -> str:
@@ -95,9 +107,18 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: nn.Module, task: Task, step: Layerwise | None = None, *, measure: bool = True, seed: int = 0
+    model: nn.Module,
+    task: Task,
+    step: Layerwise | Static | None = None,
+    *,
+    measure: bool = True,
+    activation_bits: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> Sensitivity:
     """How much every layer suffers from every option of a technique, one layer changed at a time.
+
+    Of `quantize.Static` it is the activations: how much the network suffers when one value alone is rounded, where and
+    in the ranges in which the step would do it, and all weights stay as they are.
 
     Args:
         model: the network; it is not changed.
@@ -105,16 +126,22 @@ def sensitivity(
         step: the technique with its settings; what it says on how much to keep has no say. Weights of 8 to 2 bits,
             rounded to the nearest, by default.
         measure: whether to measure scores beside the predictions, one evaluation for each layer and option.
+        activation_bits: the widths that `quantize.Static` is asked about, whose own have no say; 8 and 4 by default.
         seed: of everything random.
     Raises:
         RecipeError: the technique cannot run on this model.
         TaskError: one of the task's functions failed.
     """
     step = Weights(effort="nearest") if step is None else step
-    if not isinstance(step, Layerwise):
+    if not isinstance(step, Layerwise | Static):
         raise RecipeError([f"{type(step).__name__} chooses nothing layer by layer"])
     if problems := no_task(task):
         raise RecipeError(problems)
+    if isinstance(step, Static):
+        widths = (8, 4) if activation_bits is None else activation_bits
+        return _of_activations(model, task, step, measure, sorted(set(widths)), seed)
+    if activation_bits is not None:
+        raise RecipeError([f"activation_bits is {activation_bits}, and {step.name} rounds none: ask quantize.Static"])
     # Any budget: the table is what a selector would read under it.
     unset: dict[str, Any] = {name: None for name in step.ways() if name not in ("budget", "select")}
     step = replace(step, **unset, budget=Budget(**{step.metric: 1.0}), select="optimal")
@@ -136,11 +163,54 @@ def sensitivity(
         return tuple(found)
 
     layers = {name: points(name) for name in track(table.options, "measuring every layer's options")}
+    return _recorded(model, study, before, step.name, step.metric, layers, bench.left)
+
+
+def _of_activations(
+    model: nn.Module, task: Task, step: Static, measure: bool, widths: Sequence[int], seed: int
+) -> Sensitivity:
+    """What every activation that the step rounds costs when it alone is rounded."""
+    if not widths:
+        raise RecipeError(["activation_bits is empty: give widths, or leave it out"])
+    if unknown := [bits for bits in widths if bits not in WIDTHS]:
+        raise RecipeError([f"activation_bits has {unknown[0]}: it can be 2 to 8, or 16"])
+    if problems := [*task.problems(model), *step.problems(model, task)]:
+        raise RecipeError(problems)
+    model = working_copy(model)
+    scorer, before = Scorer(task, model), profile(model, task.inputs())
+    graph = as_graph(copy.deepcopy(model), task.inputs().on(model))
+    study = Study(graph, model, task, scorer, before.total, seed)
+    edits, left = step.each_alone(study, widths)
+    size = {name: node.meta["val"].element_size() for node, name in value_names(graph).items()}
+    divergence, baseline = Divergence(model, task, step.samples), study.original_score
+    layers = {}
+    for name, each in track(edits.items(), "rounding every activation alone", total=len(edits)):
+        points = []
+        for bits, edit in zip(widths, each, strict=True):
+            rounded = edit.apply(copy.deepcopy(graph))
+            score = scorer(rounded) if measure else None
+            points.append(Point(f"{bits} bits", bits / (8 * size[name]), divergence(rounded), score))
+        layers[name] = (*points, Point("as it is", 1.0, 0.0, baseline))
+    return _recorded(model, study, before, step.name, "bytes", layers, left, "divergence")
+
+
+def _recorded(
+    model: nn.Module,
+    study: Study,
+    before: Profile,
+    step: str,
+    metric: str,
+    layers: Mapping[str, tuple[Point, ...]],
+    left: Mapping[str, str],
+    by: str = "curvature",
+) -> Sensitivity:
+    """What was found, and its ledger."""
+    scorer, baseline = study.scorer, study.original_score
     at = of_profile(before, baseline)
     choices = {name: Choice(curve[-1], curve) for name, curve in layers.items()}
     entry = Entry(
-        "sensitivity", {"step": step.name}, (), dict(bench.left), at, at,
-        choices=choices, metric=step.metric, evaluations=scorer.count, seconds=scorer.seconds,
+        "sensitivity", {"step": step}, (), dict(left), at, at,
+        choices=choices, metric=metric, notes=tuple(study.notes), evaluations=scorer.count, seconds=scorer.seconds,
     )  # fmt: skip
     ledger = Ledger(type(model).__name__, fingerprint(model), scorer.name, (entry,), machine=machine())
-    return Sensitivity(step.name, step.metric, baseline, layers, dict(bench.left), ledger)
+    return Sensitivity(step, metric, baseline, layers, dict(left), ledger, by)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Temporal, make, task_of
+from networks import Residual, Temporal, make, task_of
 from torch import nn
 
 import featherweight as fw
 from featherweight import factorize, prune, quantize
 from featherweight.errors import RecipeError
+from featherweight.forms import Rounded
+from featherweight.score import Divergence
 
 
 def test_every_layer_and_width_is_predicted_and_measured(tmp_path: Path):
@@ -50,6 +52,43 @@ def test_any_technique_that_works_layer_by_layer_will_do():
         fw.sensitivity(model, task_of(model), prune.Channels(ratio=0.5))  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="offer has 9"):
         fw.sensitivity(model, task_of(model), quantize.Weights(offer=(9,)))
+
+
+def test_activations_are_rounded_one_at_a_time_and_measured(tmp_path: Path):
+    model = make(Residual)
+    model.head.weight.data.mul_(3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    task = task_of(model, 64)
+    found = fw.sensitivity(model, task, quantize.Static(ignore=("down",)), activation_bits=(8, 2))
+    small = fw.compress(model, quantize.Static(ignore=("down",)), task=task)
+    rounded = [name for name, module in small.model.quantizers.named_modules() if isinstance(module, Rounded)]
+    assert list(found.layers) == rounded
+    assert found.left == {"down": "ignored, as asked"}
+    for points in found.layers.values():
+        assert [p.setting for p in points] == ["2 bits", "8 bits", "as it is"]
+        assert points[0].predicted_loss > 10 * points[1].predicted_loss > 0 == points[2].predicted_loss
+        assert points[0].score <= points[1].score <= points[2].score == found.baseline
+    # By hand: the network with its input alone rounded to 2 bits.
+    alone = fw.compress(
+        model,
+        quantize.Static(bits=16, activation_bits={"x": 2, "*": 16}, correct_biases=False, ignore=("down",)),
+        task=task,
+    )
+    divergence = Divergence(model, task, 64)(alone.model)
+    assert found.layers["x"][0].predicted_loss == pytest.approx(divergence, rel=0.05)
+    assert "Divergence of the answers" in str(found)
+    found.report(tmp_path / "sensitivity.html")
+    assert "relu_1" in (tmp_path / "sensitivity.html").read_text()
+    assert found.to_json()["by"] == "divergence"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(RecipeError, match="activation_bits has 9"):
+        fw.sensitivity(model, task, quantize.Static(), activation_bits=(9,))
+    with pytest.raises(RecipeError, match="activation_bits is empty"):
+        fw.sensitivity(model, task, quantize.Static(), activation_bits=())
+    with pytest.raises(RecipeError, match=r"quantize\.Weights rounds none"):
+        fw.sensitivity(model, task, activation_bits=(8,))
+    with pytest.raises(RecipeError, match="the pattern 'rleu' matches none"):
+        fw.sensitivity(model, task, quantize.Static(ranges={"rleu": "mse"}))
 
 
 def test_a_network_without_layers_has_an_empty_table():

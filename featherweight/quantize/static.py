@@ -9,13 +9,13 @@ correct biases.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from featherweight.edits import Edit, Fold
+from featherweight.edits import Edit, Fold, Quantize
 from featherweight.graph import ModelGraph
 from featherweight.layers import PerLayer
 from featherweight.quantize.activations import (
@@ -89,3 +89,29 @@ class Static(Activations):
         if corrects:
             correct_biases(study, placement, before)
         round_biases(graph, placement)
+
+    def each_alone(self, study: Study, widths: Sequence[int]) -> tuple[dict[str, list[Quantize]], dict[str, str]]:
+        """What rounds every activation that the step would round, that one alone, to each of some widths.
+
+        Args:
+            study: of the network as a graph; its batch norms are folded, as the step does it.
+            widths: in bits.
+        Returns:
+            Edits by the value's name in calling order, one for every width; and what stays as it is, with the reason.
+        """
+        graph = study.model
+        assert isinstance(graph, ModelGraph)
+        able, norms_left = norms_of(graph)
+        if able and self.fold:
+            Fold(tuple(able)).apply(graph)
+        placement = place(graph, self.runtime(), self.refused)
+        observers = observe(study, placement, self.samples, self.ranges)
+        edges, unseen = seen_edges(placement, observers)
+        found = {
+            name: [
+                quantized(self, {name: edge}, observers, bits, self.activation_symmetric, self.ranges)
+                for bits in widths
+            ]
+            for name, edge in edges.items()
+        }
+        return found, {**self.reasons(study, placement), **norms_left, **unseen}
