@@ -18,7 +18,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from featherweight.batch import Inputs, mode
+from featherweight.batch import Inputs, mode, plain_attention
 from featherweight.machine import free_memory
 
 
@@ -204,8 +204,11 @@ class Lockstep:
             calls: how often one run calls it.
         """
         limit = int(self._room // max(1.0, self._bytes_at(name)))
-        for was, now in zip(self._original.at(name, calls, limit), self._changed.at(name, calls, limit), strict=True):
-            yield from zip(was, now, strict=False)
+        both = zip(self._original.at(name, calls, limit), self._changed.at(name, calls, limit), strict=True)
+        # Each puts back what it found, and the one that began first ends first: what both found is put back here.
+        with plain_attention():
+            for was, now in both:
+                yield from zip(was, now, strict=False)
 
     def answers(self) -> tuple[list[Any], list[Any]]:
         """What the original and the changed network answer, batch by batch."""

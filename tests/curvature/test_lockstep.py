@@ -218,3 +218,12 @@ def test_an_error_of_the_model_is_the_callers() -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         list(lockstep.at("second"))
     assert "forward" not in vars(model.second)
+
+
+def test_fused_attention_is_on_again_afterwards() -> None:
+    lockstep = Lockstep(network(), network(), batches(2, 2))
+    assert torch.backends.mha.get_fastpath_enabled()
+    for name in LAYERS:
+        list(lockstep.at(name))
+    lockstep.answers()
+    assert torch.backends.mha.get_fastpath_enabled()
