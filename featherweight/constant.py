@@ -27,11 +27,11 @@ def norms_behind(model: nn.Module, layers: Collection[str], inputs: Inputs) -> d
 
     Args:
         model: the network; it stays as it is.
-        layers: names of Linear and Conv layers; of those that have a bias nothing is said.
+        layers: names of layers; of those that have a bias nothing is said, nor of attention's own weights.
         inputs: an example.
     """
     modules = dict(model.named_modules())
-    wanted = {name: modules[name] for name in layers if cast(Layer, modules[name]).bias is None}
+    wanted = {n: modules[n] for n in layers if n in modules and cast(Layer, modules[n]).bias is None}
     norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if not wanted or not norms:
         return {}

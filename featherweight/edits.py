@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from featherweight.forms import (
     constrained_tensors,
     constraints_on,
     parametrized,
+    place,
     released,
 )
 from featherweight.graph import GraphError, ModelGraph, Narrowing, fold, graph_module, put_on_edges
@@ -92,7 +93,8 @@ class Constrain(Edit):
     Attributes:
         layer: the layer's name.
         constraint: what to confine its tensor to.
-        values: the layer's whole state dict afterwards; None leaves it as it is, for a state dict loaded later.
+        values: the layer's state dict afterwards, or all of it that is the tensor's; None leaves it as it is, for a
+            state dict loaded later.
     """
 
     layer: str
@@ -103,16 +105,21 @@ class Constrain(Edit):
         layer = find(model, self.layer)
         made = self.constraint.put_on(layer)
         if self.values is not None:
+            wrong = f"the values for {self.layer!r} are not those of {self.constraint}"
             try:
-                layer.load_state_dict(dict(self.values))
+                missing, unknown = layer.load_state_dict(dict(self.values), strict=False)
             except RuntimeError as error:
-                raise EditError(f"the values for {self.layer!r} are not those of {self.constraint}: {error}") from error
+                raise EditError(f"{wrong}: {error}") from error
+            missing = [key for key in missing if key.startswith(f"parametrizations.{self.constraint.tensor}.")]
+            if missing or unknown:
+                raise EditError(f"{wrong}: missing are {missing}, and unknown {unknown}")
             # Not the confined tensor's, which cannot be made of such as they should not be.
             made.check(beneath(layer, self.constraint.tensor).shape)
         return model
 
     def describe(self) -> str:
-        return f"{self.layer}: {self.constraint}"
+        tensor = self.constraint.tensor
+        return f"{self.layer}{'' if tensor == 'weight' else f'.{tensor}'}: {self.constraint}".removeprefix(".")
 
     def to_json(self) -> dict[str, Any]:
         return {"edit": "Constrain", "layer": self.layer, "constraint": self.constraint.to_json()}
@@ -355,9 +362,24 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
         setattr(holder, leaf, new)
 
 
-def remade(layer: str, form: Form, values: Mapping[str, Tensor] | None = None) -> Replace | Constrain:
-    """The edit that gives a layer this form: in its place, or on one of its tensors."""
-    return Constrain(layer, form, values) if isinstance(form, Constraint) else Replace(layer, form, values)
+def remade(model: nn.Module, layer: str, form: Form, values: Mapping[str, Tensor] | None = None) -> Replace | Constrain:
+    """The edit that gives a layer this form: in its place, or on one of its tensors.
+
+    Args:
+        model: the network.
+        layer: the layer's name, or that of one of attention's own weights, which only a constraint can be put on.
+        form: what it is to become; of one of attention's own weights, as of the layer that stands for it.
+        values: the state dict of the layer in its new form.
+    """
+    if not isinstance(form, Constraint):
+        return Replace(layer, form, values)
+    owner, tensor = place(model, layer)
+    if owner == layer:
+        return Constrain(layer, form, values)
+    before, after = f"parametrizations.{form.tensor}.", f"parametrizations.{tensor}."
+    if values is not None:
+        values = {f"{after}{key.removeprefix(before)}": value for key, value in values.items()}
+    return Constrain(owner, replace(form, tensor=tensor), values)
 
 
 def from_json(data: Mapping[str, Any]) -> Edit:

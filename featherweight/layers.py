@@ -9,7 +9,16 @@ from typing import TypeAlias, TypeVar, Union
 from torch import nn
 
 from featherweight.errors import did_you_mean
-from featherweight.forms import FormModule, Layer, Masked, constraints_on, is_layer
+from featherweight.forms import (
+    FormModule,
+    Layer,
+    Masked,
+    attention_of,
+    constraints_on,
+    is_layer,
+    place,
+    projections,
+)
 from featherweight.graph import ModelGraph
 
 T = TypeVar("T")
@@ -20,11 +29,10 @@ PerLayer: TypeAlias = Union[T, Mapping[str, T]]  # noqa: UP007 - the | of a Type
 # Kinds of layers whose weights a user may expect to be compressed, beyond Linear and Conv.
 _WEIGHTED = (nn.modules.conv._ConvTransposeNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
-# Multiplies by tensors without calling the layer that has them.
-_ATTENTION = nn.MultiheadAttention
 _IN_ATTENTION = (
-    "nn.MultiheadAttention multiplies by it and calls no layer: what works on the network's graph reaches it, such as "
-    "quantize.Static, quantize.Dynamic and prune.Heads"
+    "nn.MultiheadAttention multiplies by it and calls no layer: what changes values alone reaches it, such as "
+    "quantize.Weights and prune.Magnitude, and what works on the network's graph, such as quantize.Static and "
+    "prune.Heads"
 )
 
 
@@ -64,13 +72,18 @@ def weighted_layers(model: nn.Module, inside: bool = False) -> dict[str, nn.Modu
 
     Args:
         model: the network.
-        inside: whether to give, of a layer that was replaced, those that it is made of; otherwise it is one whole.
+        inside: for what changes values and no shapes: whether to give, of a layer that was replaced, those that it is
+            made of, where otherwise it is one whole; and each of attention's own weights as a layer (`Projection`).
     """
     forms = [module for module in model.modules() if isinstance(module, FormModule)]
     hidden = {id(part) for form in forms for part in ([form] if inside else form.children())}
-    weighted = (*_WEIGHTED, FormModule)
-    named = [(n, m) for n, m in model.named_modules() if n and id(m) not in hidden]
-    return {n: m for n, m in named if is_layer(m) or isinstance(m, weighted)}
+    weighted, found = (*_WEIGHTED, FormModule), dict[str, nn.Module]()
+    for name, module in model.named_modules():
+        if inside and isinstance(module, nn.MultiheadAttention):
+            found |= {f"{name}.{own}".removeprefix("."): layer for own, layer in projections(module).items()}
+        if name and id(module) not in hidden and (is_layer(module) or isinstance(module, weighted)):
+            found[name] = module
+    return found
 
 
 def nearest(name: str, names: Container[str]) -> str | None:
@@ -105,9 +118,11 @@ def obstacles(model: nn.Module, called: Iterable[str], ignore: Iterable[str], in
             found[name] = reason
         elif (shared := _shared_with(model, name, layer, owners)) is not None:
             found[name] = shared
-        elif nearest(name, called) is None and isinstance(model.get_submodule(name.rpartition(".")[0]), _ATTENTION):
+        elif (attention := attention_of(model, name)) is not None and not inside and nearest(name, called) is None:
             found[name] = _IN_ATTENTION
-        elif nearest(name, called) is None:
+        elif attention is not None and _forward_of_its_own(attention):
+            found[name] = f"{type(attention).__name__} has a forward of its own, which may not read it where it is"
+        elif attention is None and nearest(name, called) is None:
             found[name] = "the example never calls it: it is unused, or another module uses its weight directly"
         elif not layer.weight.is_floating_point() or layer.weight.is_complex():
             found[name] = f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
@@ -127,15 +142,17 @@ def apart(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 def _apart(model: nn.Module, ignore: Iterable[str]) -> dict[str, str]:
-    """What is `apart`, by what it is called, with the reason why it stays."""
-    found = {}
+    """What is `apart`, by what it is called, with the reason why it stays; without attention's own weights."""
+    found, reached = {}, weighted_layers(model, inside=True)
     for name, module in apart(model).values():
+        if name in reached:
+            continue
         if matches(name, ignore):
             found[name] = "ignored, as asked"
         elif isinstance(model, ModelGraph):
             found[name] = "an earlier step has made the network a graph, which has no layers: move this step above it"
-        elif isinstance(module, _ATTENTION):
-            found[name] = _IN_ATTENTION
+        elif isinstance(module, nn.MultiheadAttention):
+            found[name] = f"{_IN_ATTENTION}; here a parametrization of your own is on it"
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found[name] = _other_kind(module)
         else:
@@ -163,6 +180,12 @@ def without_values(layer: Layer) -> str | None:
     return None if bool(layer.weight.detach().count_nonzero()) else "all of its weights are zero"
 
 
+def _forward_of_its_own(attention: nn.MultiheadAttention) -> bool:
+    return (
+        "forward" in vars(attention) or getattr(type(attention), "forward", None) is not nn.MultiheadAttention.forward
+    )
+
+
 def _own_behaviour(layer: Layer) -> str | None:
     """What a replacement would lose: a forward of the user's own, or hooks."""
     standard = next(kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind))
@@ -179,10 +202,20 @@ def _own_behaviour(layer: Layer) -> str | None:
 
 def _shared_with(model: nn.Module, name: str, layer: Layer, owners: Mapping[int, Sequence[str]]) -> str | None:
     """Which of the layer's parameters is another's too; the same layer under two names is no other."""
+    owner, tensor = place(model, name)
+    holder = model.get_submodule(owner)
     for part, parameter in layer.named_parameters():
+        own = _held(part)[1] if holder is layer else tensor
         for other in owners.get(id(parameter), ()):
-            module, parametrized, _ = other.partition(".parametrizations.")
-            module = module if parametrized else other.rpartition(".")[0]
-            if other != f"{name}.{part}" and model.get_submodule(module) is not layer:
+            module, leaf = _held(other)
+            if model.get_submodule(module) is not holder or leaf != own:
                 return f"its {'bias' if part == 'bias' else 'weight'} is shared with {other}"
     return None
+
+
+def _held(parameter: str) -> tuple[str, str]:
+    """The module that has a tensor, and the tensor's name; a parametrized one's, of a parameter beneath."""
+    module, parametrized, tensor = f".{parameter}".partition(".parametrizations.")
+    if not parametrized:
+        module, _, tensor = module.rpartition(".")
+    return module.removeprefix("."), tensor.partition(".")[0]

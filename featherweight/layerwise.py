@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from featherweight.constant import moved, norms_behind, with_bias, without_bias
 from featherweight.cost.confined import confined
 from featherweight.cost.cost import Cost
-from featherweight.cost.count import LayerCall, price
+from featherweight.cost.count import MODEL, LayerCall, price
 from featherweight.curvature.gram import Statistics, gather_paired
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Edit, Leave, Replace, remade
 from featherweight.errors import RecipeError, TaskError, did_you_mean
-from featherweight.forms import Constraint, Form, Layer, is_layer
+from featherweight.forms import Constraint, Form, Layer, attention_of, is_layer, layer_at
 from featherweight.layers import layer_names, nearest, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
 from featherweight.mend import MENDING_SAMPLES, finetune, reestimate_batch_norm
@@ -221,6 +221,8 @@ class Layerwise(Step):
         bench = self._bench(study)
         choosing = self.choose(bench)
         bench.record(choosing)
+        if bench.aware and self.asymmetric and any(attention_of(study.original, name) for name in choosing.plan.layers):
+            study.notes.append("attention's projections were fitted to what the original gives them")
         yield from (Leave(name, reason) for name, reason in bench.left.items())
         reason = "nothing cheaper was asked of it" if self.budget is None else "its cost is better spent as it is"
         yield from (Leave(name, reason) for name in bench.kept(choosing.plan))
@@ -300,8 +302,17 @@ class Bench:
         self.left.update(obstacles(original, called, self.step.ignore, inside))
         able: dict[str, Layer] = {}
         order = {name: place for place, name in enumerate(rows)}
-        for name in sorted(layer_names(original, inside), key=lambda n: order.get(nearest(n, order) or "", len(order))):
-            layer = original.get_submodule(name)
+
+        def turn(name: str) -> int:
+            # Of attention's projections the attention is called, and none of them.
+            caller = name.rpartition(".")[0] if attention_of(original, name) is not None else name
+            return order.get(nearest(caller, order) or ("" if caller else MODEL), len(order))
+
+        names = sorted(layer_names(original, inside), key=turn)
+        if inside:
+            self.left.update(self.study.unread([name for name in names if name not in self.left]))
+        for name in names:
+            layer = layer_at(original, name)
             if name in self.left or not is_layer(layer):
                 continue
             if (reason := self.step.unfit(layer)) is not None:
@@ -384,7 +395,7 @@ class Bench:
         rows = self.study.profile.layers
         costs: dict[str, Cost] = {}
         for name, form in plan.layers.items():
-            row = nearest(name, rows) or name
+            row = nearest(name, rows) or MODEL
             saved = self.table.options[name][0].cost - self.table.find(name, form).cost
             costs[row] = costs.get(row, rows[row].cost) - saved
         return costs
@@ -415,6 +426,9 @@ class Bench:
             assert option.form is not None
             name, seen = option.layer, self.statistics.get(option.layer) if self.aware else None
             values, constant = self.fitted(name, option.form, seen)
+            if attention_of(self.study.original, name) is not None:  # no call of a layer to replay from
+                trial = copy.deepcopy(self.study.original)
+                return self.study.scorer(remade(trial, name, option.form, values).apply(trial))
             # A constraint comes with a copy of its layer here: the layer is put back as it was afterwards.
             with self.replay.changed(Replace(name, option.form, values)) as model:
                 if constant is None:
@@ -462,7 +476,7 @@ class Bench:
         jointly = step.jointly(self.study, plan, model) if train and plan.layers else None
         for name, form in track(plan.layers.items(), "fitting layers", total=len(plan.layers)):
             values, constant = self.fitted(name, form, self._seen(name, lockstep) if self.aware else None)
-            yield remade(name, form, values)
+            yield remade(model, name, form, values)
             if constant is not None:
                 moved(model.get_submodule(self.norms[name]), constant)
             if jointly is not None and jointly.after(name) and lockstep is not None:
@@ -482,10 +496,11 @@ class Bench:
     def _seen(self, name: str, lockstep: Lockstep | None) -> Statistics | None:
         """A layer's statistics as the model is now: of its inputs after the layers already replaced."""
         seen = self.statistics.get(name)
-        if seen is None or lockstep is None:
+        # Attention's projections are fitted to what the original gives them: runs wait at calls of layers.
+        if seen is None or lockstep is None or attention_of(self.study.original, name) is not None:
             return seen
         rows = self.study.profile.layers
-        pairs = lockstep.at(name, calls=len(rows[nearest(name, rows) or name].calls))
+        pairs = lockstep.at(name, calls=len(rows[nearest(name, rows) or MODEL].calls))
         now = gather_paired(self.layers[name], pairs, samples=lockstep.samples, seed=self.study.seed)
         if now is None:
             raise TaskError(f"no calibration batch reached {name!r}")
@@ -497,7 +512,7 @@ class Bench:
         if not task.has_calibration:
             return
         rows = list(self.study.profile.layers)
-        behind = set(rows[min(rows.index(nearest(name, rows) or name) for name in plan.layers) :])
+        behind = set(rows[min(rows.index(nearest(name, rows) or MODEL) for name in plan.layers) :])
         seen = sum(inputs.batch_size for inputs in task.batches(model, samples))
         if seen < MENDING_SAMPLES:
             return

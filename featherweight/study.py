@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
 from featherweight.curvature.gram import Statistics, classifier_loss, gather, my_share, regression_loss
 from featherweight.curvature.lockstep import Lockstep
+from featherweight.curvature.products import apart, multiplied
 from featherweight.edits import Edit
-from featherweight.forms import Layer
+from featherweight.forms import Layer, attention_of
 from featherweight.score import Scorer, class_dimension
 from featherweight.task import Task
 
@@ -91,6 +92,22 @@ class Study:
                     "layers were weighed by their own output's error"
                 )
         return gather(self.original, layers, self.task.batches(self.original, samples), seed=self.seed)
+
+    def unread(self, names: Collection[str]) -> dict[str, str]:
+        """Which of attention's projections nothing is known of, with the reason.
+
+        Args:
+            names: of layers; of others than attention's projections nothing is said.
+        """
+        wanted = [name for name in names if attention_of(self.original, name) is not None]
+        if not wanted:
+            return {}
+        found = multiplied(self.original, wanted, self.task.inputs().on(self.original))
+        reasons = {name: "the example never multiplies by it" for name in wanted if name not in found}
+        if self.task.has_calibration:
+            mixed = "calls of its attention multiply different parts of it at once: no one set of inputs is each part's"
+            reasons |= {name: mixed for name, rows in found.items() if not apart(rows)}
+        return reasons
 
     def lockstep(self, model: nn.Module, samples: int) -> Lockstep:
         """The original and a model that is to be fitted to it, layer by layer, side by side on the calibration data."""

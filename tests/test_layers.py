@@ -184,12 +184,27 @@ def test_where_values_are_changed_every_tensor_that_stays_is_named() -> None:
     called = ["rnn", "normed"]
     assert set(obstacles(model, called, ())) == {"attention.out_proj", "rnn"}
     found = obstacles(model, called, ("pos*",), inside=True)
-    assert set(found) == {"words", "position", "attention.in_proj_weight", "attention.out_proj", "rnn"}
+    assert set(found) == {"words", "position", "rnn"}
     assert found["words"] == "an Embedding is neither a Linear nor a Conv layer"
     assert found["position"] == "ignored, as asked"
-    assert "quantize.Static" in found["attention.in_proj_weight"]
-    assert found["attention.in_proj_weight"] == found["attention.out_proj"]
     assert "belongs to no Linear or Conv layer" in obstacles(model, called, (), inside=True)["position"]
+
+
+def test_attention_whose_weights_are_not_read_where_they_are_is_left() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x @ self.in_proj_weight.T.double().float()
+
+    model = nn.ModuleDict({"own": Own(4, 2), "one": nn.MultiheadAttention(4, 2), "two": nn.MultiheadAttention(4, 2)})
+    parametrizations.orthogonal(model["one"], "in_proj_weight")
+    model["two"].in_proj_weight = nn.Parameter(torch.randn(12, 4))
+    model["two"].also = model["two"].in_proj_weight
+    found = obstacles(model, (), (), inside=True)
+    assert "Own has a forward of its own" in found["own.in_proj_weight"]
+    assert found["own.in_proj_weight"] == found["own.out_proj"]
+    assert "a parametrization of your own is on it" in found["one.in_proj_weight"]
+    assert "its weight is shared with two.also" in found["two.in_proj_weight"]
+    assert set(found) == {"own.in_proj_weight", "own.out_proj", "one.in_proj_weight", "two.in_proj_weight"}
 
 
 def test_weights_that_are_no_real_numbers_are_left() -> None:

@@ -33,6 +33,8 @@ from featherweight.errors import TaskError
 from featherweight.forms import Constrained, Rounded, constraints_on, parametrized, stored, without_data
 
 Shape = tuple[int, ...]
+# The name of the row of the model itself.
+MODEL = "(model)"
 
 
 @dataclass(frozen=True)
@@ -385,7 +387,7 @@ def _rows(module: nn.Module, name: str = "", seen: set[int] | None = None) -> It
     seen.add(id(module))
     children = dict(module.named_children())
     whole = getattr(module, "is_form", False) or set(children) <= {"parametrizations"}
-    yield _Row(name or "(model)", module, whole)
+    yield _Row(name or MODEL, module, whole)
     if not whole:
         children.pop("parametrizations", None)
         for child_name, child in children.items():

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.batch import Inputs, device_of, mode, tensors_in
+from featherweight.curvature.products import Rows, apart, products
 from featherweight.errors import TaskError
-from featherweight.forms import Layer
+from featherweight.forms import Layer, attention_of
 from featherweight.progress import track
 
 # What each of the statistics is a mean over.
@@ -116,8 +117,9 @@ def gather(
     """The statistics of the layers' inputs over the batches, in one pass.
 
     Of convolutions, and of Linear layers over tokens, a random subset of positions is looked at, as large as keeps the
-    products within `effort` times the cost of the layers themselves. In a process group every process takes its share
-    of the batches, and all get the sum.
+    products within `effort` times the cost of the layers themselves. Rows of an attention's projection that have inputs
+    of their own are groups, as of a convolution. In a process group every process takes its share of the batches, and
+    all get the sum.
 
     Args:
         model: the network; run in evaluation mode, without touching its parameters.
@@ -128,7 +130,8 @@ def gather(
         memory_limit: bytes of Gram matrices kept in memory; what is above lies in a temporary file.
         seed: of the choice of positions and of what `gradients` draws.
     Returns:
-        Statistics by name, of the layers that were called.
+        Statistics by name, of the layers that were called, and of attention's projections if no row of them was
+        multiplied by in two ways.
     Raises:
         TaskError: a layer's input or the gradient at its output holds NaN or infinite values.
     """
@@ -139,34 +142,41 @@ def gather(
     samples = size = 0
     probes: list[tuple[str, Tensor]] = []
     kept: dict[str, list[Tensor]] = {}
+    known = dict(layers)  # and the rows that attention multiplies by at once, each as a layer
+
+    def reached(name: str, layer: Layer, x: Tensor, output: Tensor) -> Tensor | None:
+        views = patches(layer, x.detach())
+        rows = _take(layer, views, _pick(layer, views, effort, generator))
+        if name not in found:
+            groups, _, width = rows.shape
+            found[name] = Statistics(store.zeros((groups, width, width), x.device), x.new_zeros(groups, width).float())
+        _add_rows(found[name], rows)
+        places[name] += int(_places(layer, views).numel())
+        if gradients is None:
+            return None
+        # Adding a zero whose gradient is asked for leaves answers as they are and needs no parameter's gradient.
+        probe = torch.zeros_like(output, requires_grad=True)
+        probes.append((name, probe))
+        kept.setdefault(name, []).append(_first(layer, x.detach(), size).clone())
+        return output + probe
 
     def watch(name: str, layer: Layer) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            x = args[0] if args else kwargs["input"]
-            views = patches(layer, x.detach())
-            rows = _take(layer, views, _pick(layer, views, effort, generator))
-            if name not in found:
-                groups, _, width = rows.shape
-                found[name] = Statistics(
-                    store.zeros((groups, width, width), x.device), x.new_zeros(groups, width).float()
-                )
-            _add_rows(found[name], rows)
-            places[name] += int(_places(layer, views).numel())
-            if gradients is None:
-                return None
-            # Adding a zero whose gradient is asked for leaves answers as they are and needs no parameter's gradient.
-            probe = torch.zeros_like(output, requires_grad=True)
-            probes.append((name, probe))
-            kept.setdefault(name, []).append(_first(layer, x.detach(), size).clone())
-            return output + probe
+            return reached(name, layer, args[0] if args else kwargs["input"], output)
 
         return hook
+
+    def projected(name: str, rows: Rows, x: Tensor, output: Tensor) -> Tensor | None:
+        part = f"{name}[{rows[0]}:{rows[1]}]"
+        known.setdefault(part, nn.Linear(x.shape[-1], output.shape[-1], device="meta"))
+        return reached(part, known[part], x, output)
 
     with ExitStack() as stack:
         stack.enter_context(mode(model, training=False))
         for name, layer in layers.items():
             handle = layer.register_forward_hook(watch(name, layer), with_kwargs=True)
             stack.callback(handle.remove)
+        stack.enter_context(products(model, layers, projected))
         for inputs in my_share(track(batches, "watching what the data does")):
             probes.clear()
             kept.clear()
@@ -177,18 +187,18 @@ def gather(
                 if gradients is not None and probes:
                     loss = gradients(outputs, generator)
                     grads = torch.autograd.grad(loss, [p for _, p in probes], allow_unused=True)
-                    reached: dict[str, list[Tensor | None]] = {}
+                    by_name: dict[str, list[Tensor | None]] = {}
                     for (name, _), grad in zip(probes, grads, strict=True):
-                        reached.setdefault(name, []).append(grad)
+                        by_name.setdefault(name, []).append(grad)
                         if grad is not None:
-                            _add_gradients(found[name], layers[name], grad)
-                    for name, parts in reached.items():
+                            _add_gradients(found[name], known[name], grad)
+                    for name, of_calls in by_name.items():
                         calls = [
-                            (x, _first(layers[name], g, size))
-                            for x, g in zip(kept[name], parts, strict=True)
+                            (x, _first(known[name], g, size))
+                            for x, g in zip(kept[name], of_calls, strict=True)
                             if g is not None
                         ]
-                        _add_coherence(found[name], layers[name], calls, size)
+                        _add_coherence(found[name], known[name], calls, size)
     for name, statistics in found.items():
         statistics.positions, statistics.samples = places[name] / max(1, samples), samples
     found = _over_processes(found, samples, device_of(model))
@@ -201,7 +211,49 @@ def gather(
             )
         if statistics.apart:
             statistics.positions *= statistics.together / statistics.apart
-    return found
+    return _joined(found, [name for name in layers if attention_of(model, name) is not None])
+
+
+def _joined(found: dict[str, Statistics], names: Iterable[str]) -> dict[str, Statistics]:
+    """The statistics with those of some rows of a projection put together; without such as cannot be."""
+    joined = dict(found)
+    for name in names:
+        parts: dict[Rows, Statistics] = {}
+        for key in [key for key in joined if key.startswith(f"{name}[")]:
+            first, end = key.removeprefix(f"{name}[").removesuffix("]").split(":")
+            parts[int(first), int(end)] = joined.pop(key)
+        if parts and apart(parts):
+            joined[name] = _side_by_side(dict(sorted(parts.items())))
+    return joined
+
+
+def _side_by_side(parts: Mapping[Rows, Statistics]) -> Statistics:
+    """The statistics of a weight whose rows have different inputs, as of a layer in groups of as many rows."""
+    (one, *others), lengths = list(parts.values()), [end - first for first, end in parts]
+    if not others:
+        return one
+    each = math.gcd(*lengths)
+    times = [length // each for length in lengths]
+
+    def stacked(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.expand(n, *t.shape[1:]) for t, n in zip(tensors, times, strict=True)])
+
+    gradients = None
+    if any(s.gradients is not None for s in parts.values()):
+        # There is one number of positions for all: what makes it more or less is put into the gradients.
+        gradients = torch.block_diag(  # type: ignore[no-untyped-call]
+            *(
+                one.gram.new_zeros(length, length) if s.gradients is None else s.gradients * s.positions / one.positions
+                for s, length in zip(parts.values(), lengths, strict=True)
+            )
+        )
+    return replace(
+        one,
+        gram=stacked([s.gram for s in parts.values()]),
+        mean=stacked([s.mean for s in parts.values()]),
+        gradients=gradients,
+        rows=min(s.rows for s in parts.values()),
+    )
 
 
 def gather_paired(

@@ -71,12 +71,13 @@ def matrix(
 
     Args:
         weight: (outputs, inputs / groups, *kernel).
-        groups: of the convolution; 1 for a Linear.
+        groups: of the convolution; 1 for a Linear. Statistics may have more, where rows have inputs of their own.
         seen: of the layer's inputs. Where they hold a cross moment, the weight is first fitted to what the original
             answered (asymmetric reconstruction: Zhang et al., 2016, section 3.3, arxiv.org/abs/1505.06798).
         held: where the weight must stay zero, of its shape.
         ridge: of that fit, towards the weight as it is; more where the inputs that were seen call for it.
     """
+    groups = groups if seen is None else len(seen.gram)
     flat = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
     held = None if held is None else held.reshape(flat.shape)
     if seen is None:

@@ -21,6 +21,7 @@ from featherweight.forms.low_rank import LowRank
 from featherweight.forms.mask import Mask, Masked
 from featherweight.forms.pair import ConvPair, LinearPair
 from featherweight.forms.pattern import BlockMask, Pattern, Patterned, in_blocks, in_runs, out_of_blocks
+from featherweight.forms.projection import Projection, attention_of, layer_at, place, projection, projections
 from featherweight.forms.rounding import Rounded, Rounding
 from featherweight.forms.separable import Separable
 from featherweight.forms.signed_input import SignedInput, WithSignedInput
@@ -49,6 +50,7 @@ __all__ = [
     "Masked",
     "Pattern",
     "Patterned",
+    "Projection",
     "Removed",
     "Rounded",
     "Rounding",
@@ -59,14 +61,19 @@ __all__ = [
     "Stored",
     "Ternary",
     "WithSignedInput",
+    "attention_of",
     "beneath",
     "constrained_tensors",
     "constraints_on",
     "in_blocks",
     "in_runs",
     "is_layer",
+    "layer_at",
     "out_of_blocks",
     "parametrized",
+    "place",
+    "projection",
+    "projections",
     "released",
     "stored",
     "without_data",

@@ -146,12 +146,19 @@ class Constraint(Form):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise EditError(f"{type(layer).__name__} has no floating-point tensor {self.tensor!r} to put {self} on")
         made = self.parametrization(tensor.detach().requires_grad_(tensor.requires_grad)).to(tensor.device)
-        if self.tensor not in getattr(layer, "parametrizations", {self.tensor: None}):
-            # PyTorch is about to give the layer's class a property of this name, and copies of the layer share it.
-            own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
-            layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
+        with_own_class(layer, self.tensor)
         parametrize.register_parametrization(layer, self.tensor, made, unsafe=True)
         return made.train(layer.training)
+
+
+def with_own_class(layer: nn.Module, tensor: str) -> None:
+    """Before a parametrization is put on a tensor of a layer that others of its tensors have some: a class of its own.
+
+    PyTorch is about to give the layer's class a property of the tensor's name, and copies of the layer share it.
+    """
+    if tensor not in getattr(layer, "parametrizations", {tensor: None}):
+        own = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
 
 
 def parametrized(module: nn.Module) -> Mapping[str, Any]:

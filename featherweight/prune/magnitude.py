@@ -23,7 +23,7 @@ from featherweight.batch import mode
 from featherweight.curvature import sweeps
 from featherweight.curvature.gram import Statistics
 from featherweight.edits import Edit, Leave, remade
-from featherweight.forms import BlockMask, Constraint, Layer, Mask, beneath
+from featherweight.forms import BlockMask, Constraint, Layer, Mask, beneath, layer_at
 from featherweight.forms.pattern import WHOLE
 from featherweight.layers import PerLayer, for_layer
 from featherweight.layerwise import Bench
@@ -149,7 +149,7 @@ class Magnitude(Unstructured):
         yield from (Leave(name, reason) for name, reason in bench.left.items())
         yield from (Leave(name, "nothing was to go from it") for name in bench.kept(Plan(self.name, reached)))
         for name, form in reached.items():
-            yield remade(name, form, model.get_submodule(name).state_dict())
+            yield remade(model, name, form, layer_at(model, name).state_dict())
         if reached:
             study.model.load_state_dict(model.state_dict())  # what was trained beside the masked weights
 
@@ -162,13 +162,13 @@ class Magnitude(Unstructured):
             share = schedules.cubic(done, final=1.0, end=self.rounds)
             model, reached = copy.deepcopy(model), {}
             for name, form in plan.layers.items():
-                layer = cast(Layer, model.get_submodule(name))
+                layer = cast(Layer, layer_at(model, name))
                 reached[name] = now = self._part_of(cast(Constraint, form), bench.layers[name], share)
                 # The scores of the data are those of the model before: gradients and moments of it as it was.
                 seen = bench.statistics.get(name) if bench.aware else None
                 if self.score == "taylor":
                     beneath(layer).grad = beneath(bench.layers[name]).grad
-                remade(name, now, self.values(layer, now, seen)).apply(model)
+                remade(model, name, now, self.values(layer, now, seen)).apply(model)
             model.zero_grad()
             finetune(model, study.task, epochs)
             if self.max_drop is not None:
@@ -203,7 +203,7 @@ def _write_gradients(study: Study, layers: Mapping[str, Layer], samples: int) ->
     The loss is the divergence from the model's own answers, as the curvature's is: no labels are needed.
     """
     model = copy.deepcopy(study.original)
-    weights = {name: beneath(cast(Layer, model.get_submodule(name))).requires_grad_() for name in layers}
+    weights = {name: beneath(cast(Layer, layer_at(model, name))).requires_grad_() for name in layers}
     squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     generator, count = torch.Generator().manual_seed(study.seed), 0
     loss = study.probe()

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from featherweight.edits import Constrain, Edit, Leave
+from featherweight.edits import Edit, Leave, remade
 from featherweight.errors import RecipeError
-from featherweight.forms import Layer, Mask, Masked, beneath, is_layer
+from featherweight.forms import Mask, Masked, beneath, is_layer, layer_at, place
+from featherweight.forms.constraint import with_own_class
 from featherweight.layers import layer_names, matches, obstacles, settled, unmatched
 from featherweight.mend import finetune
 from featherweight.prune import schedules, spreads
@@ -73,7 +74,7 @@ class Movement(Step):
         if not layers:
             return
         model = copy.deepcopy(study.model)
-        moving = {name: _put_scores(cast(Layer, model.get_submodule(name))) for name in layers}
+        moving = {name: _put_scores(*_place(model, name)) for name in layers}
         for done in range(self.rounds):
             share = schedules.cubic(done, final=self.sparsity, end=self.rounds - 1)
             self._choose(moving, share)
@@ -83,13 +84,13 @@ class Movement(Step):
             if not bool(scored.mask.any()):
                 raise RecipeError([f"{self.name}: nothing would be left of {name!r}: let less go, or ignore it"])
         for name, scored in moving.items():
-            layer = cast(Layer, model.get_submodule(name))
-            _take_scores_off(layer)
-            form = Mask(int(scored.mask.sum()))
-            cast(Masked, form.put_on(layer)).mask.copy_(scored.mask)
+            module, tensor = _place(model, name)
+            _take_scores_off(module, tensor)
+            form = Mask(int(scored.mask.sum()), tensor=tensor)
+            cast(Masked, form.put_on(module)).mask.copy_(scored.mask)
             with torch.no_grad():
-                beneath(layer).mul_(scored.mask)
-            yield Constrain(name, form, layer.state_dict())
+                beneath(module, tensor).mul_(scored.mask)
+            yield remade(model, name, replace(form, tensor="weight"), layer_at(model, name).state_dict())
         study.model.load_state_dict(model.state_dict())
 
     def _layers(self, study: Study) -> dict[str, dict[str, str]]:
@@ -98,7 +99,7 @@ class Movement(Step):
         left = obstacles(original, [n for n, row in rows.items() if row.calls], self.ignore, inside=True)
         found: dict[str, dict[str, str]] = {}
         for name in layer_names(original, inside=True):
-            layer = original.get_submodule(name)
+            layer = layer_at(original, name)
             if name in left or not is_layer(layer):
                 continue
             if (reason := settled(layer)) is not None:
@@ -139,16 +140,23 @@ class Scored(nn.Module):
         return original * through
 
 
-def _put_scores(layer: Layer) -> Scored:
-    scored = Scored(layer.weight.detach())
-    parametrize.register_parametrization(layer, "weight", scored, unsafe=True)
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a layer's weight, and the tensor's name there."""
+    owner, tensor = place(model, name)
+    return model.get_submodule(owner), tensor
+
+
+def _put_scores(module: nn.Module, tensor: str) -> Scored:
+    scored = Scored(getattr(module, tensor).detach())
+    with_own_class(module, tensor)
+    parametrize.register_parametrization(module, tensor, scored, unsafe=True)
     return scored
 
 
-def _take_scores_off(layer: Layer) -> None:
+def _take_scores_off(module: nn.Module, tensor: str) -> None:
     """Take the topmost parametrization off, and leave those beneath as they are."""
-    held = layer.parametrizations["weight"]  # type: ignore[index]
+    held = module.parametrizations[tensor]  # type: ignore[index]
     if len(held) == 1:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
     else:
         del held[len(held) - 1]  # type: ignore[union-attr]

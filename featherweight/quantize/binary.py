@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from featherweight.curvature.sweeps import Matrix
 from featherweight.edits import Edit, Leave, Replace
-from featherweight.forms import SignedInput
+from featherweight.forms import Layer, Projection, SignedInput
 from featherweight.layers import PerLayer
 from featherweight.quantize.gptq import GPTQ
 from featherweight.quantize.rounding import Lattice, Rounding
@@ -42,6 +43,11 @@ class _Few(Rounding):
 
     def rounded(self, of: Matrix, lattice: Lattice) -> Tensor:
         return GPTQ().rounded(of, lattice)
+
+    def unfit(self, layer: Layer) -> str | None:
+        if self.activations and isinstance(layer, Projection | NonDynamicallyQuantizableLinear):
+            return "attention multiplies by it and calls no layer whose inputs could become signs"
+        return super().unfit(layer)
 
     def edits(self, study: Study) -> Iterator[Edit]:
         """Round layer after layer; where inputs become signs too, those first, since weights are fitted to them."""

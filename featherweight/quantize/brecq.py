@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from featherweight.batch import Inputs, mode
 from featherweight.constant import norms_behind
-from featherweight.forms import Gridded, constraints_on, is_layer, released
+from featherweight.forms import Gridded, beneath, constraints_on, is_layer, layer_at, place, released
 from featherweight.forms.grid import short
 from featherweight.forms.mask import Masked
 from featherweight.layerwise import Jointly
@@ -128,7 +128,7 @@ class Reconstruction:
         self._lockstep.close()
 
     def _reconstruct(self, block: Block) -> bool:
-        layers = [self.model.get_submodule(block.path(layer)) for layer in block.layers]
+        layers = [layer_at(self.model, block.path(layer)) for layer in block.layers]
         gridded = [any(isinstance(c, Gridded) for c in constraints_on(layer)) for layer in layers]
         if not any(gridded):
             return False
@@ -243,7 +243,7 @@ def _learn(
     args, kwargs = block.more
     parts: list[_Part] = []
     for name in block.layers:
-        layer, weight = now.get_submodule(name), cast(Tensor, was.get_submodule(name).weight).detach()
+        layer, weight = layer_at(now, name), cast(Tensor, layer_at(was, name).weight).detach()
         made = next(c for c in constraints_on(layer) if isinstance(c, Gridded))
         exact = weight.float()
         scale = made.form.spread(made.scale.detach(), exact.shape).float()
@@ -256,7 +256,7 @@ def _learn(
         v = torch.logit((target - below).clamp(0.01, 0.99)).requires_grad_()
         masks = [c.mask for c in constraints_on(layer) if isinstance(c, Masked)]
         stay = torch.stack(masks).all(0) if masks else None
-        parts.append(_Part(f"{name}.weight" if name else "weight", made, v, u, below, shift, stay))
+        parts.append(_Part(".".join(place(now, name)).removeprefix("."), made, v, u, below, shift, stay))
 
     def error(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         answer: Tensor = functional_call(plain, dict(weights), (x, *args), dict(kwargs))
@@ -299,8 +299,7 @@ def _learn(
         for name, tensor in values.items():
             path, _, leaf = name.rpartition(".")
             where = now.get_submodule(path)
-            held = getattr(where, leaf) if leaf != "weight" else where.get_parameter("parametrizations.weight.original")
-            held.copy_(tensor)
+            beneath(where, leaf).copy_(tensor)
     return True
 
 
@@ -314,7 +313,7 @@ def _constants(
     """The biases, or means of norms, that give every layer's outputs the means that are wanted, layer by layer."""
     made: dict[str, Tensor] = {}
     for name in block.layers:
-        bias, norm = plain.get_submodule(name).bias, block.norms.get(name)
+        bias, norm = layer_at(plain, name).bias, block.norms.get(name)
         if name not in wanted or (norm is None and not isinstance(bias, Tensor)):
             continue
         lacking = wanted[name] - _means(plain, block, {**weights, **made}, batches)[name]
@@ -348,7 +347,7 @@ def _means(
 
     with ExitStack() as stack, mode(module, training=False), torch.no_grad():
         for name in block.layers:
-            stack.callback(module.get_submodule(name).register_forward_hook(watch(name)).remove)
+            stack.callback(layer_at(module, name).register_forward_hook(watch(name)).remove)
         for x in batches:
             functional_call(module, dict(tensors), (x, *args), dict(kwargs))
     return {name: total / counts[name] for name, total in sums.items()}

@@ -27,9 +27,20 @@ from featherweight.constant import norms_behind
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import swept
 from featherweight.curvature.sweeps import Matrix, conditional, matrix, steadiness, steady
-from featherweight.edits import Constrain, Edit, Leave
+from featherweight.edits import Constrain, Edit, Leave, remade
 from featherweight.errors import BudgetError
-from featherweight.forms import Grid, Gridded, Layer, Mask, Masked, constraints_on, is_layer, parametrized
+from featherweight.forms import (
+    Constraint,
+    Grid,
+    Gridded,
+    Layer,
+    Mask,
+    Masked,
+    constraints_on,
+    is_layer,
+    layer_at,
+    parametrized,
+)
 from featherweight.forms.grid import WIDTHS
 from featherweight.layers import layer_names, obstacles, unmatched, weighted_layers, without_values
 from featherweight.mend import corrected_bias, fold_batch_norms
@@ -243,8 +254,10 @@ class _Bench:
         model, step, task = self.study.model, self.step, self.study.task
         called = [name for name, row in self.study.profile.layers.items() if row.calls]
         self.left.update(obstacles(model, called, step.ignore, inside=True))
-        for name in layer_names(model, inside=True):
-            layer = model.get_submodule(name)
+        names = [name for name in layer_names(model, inside=True) if name not in self.left]
+        self.left.update(self.study.unread(names))
+        for name in names:
+            layer = layer_at(model, name)
             if name in self.left or not is_layer(layer):
                 continue
             if (reason := without_values(layer)) is not None:
@@ -255,7 +268,7 @@ class _Bench:
         self.strength = step.strength if step.strength is not None else STRENGTH if aware else 0.0
         seen: Mapping[str, Statistics] = {}
         if aware and self.layers:
-            originals = {name: self.study.original.get_submodule(name) for name in self.layers}
+            originals = {name: layer_at(self.study.original, name) for name in self.layers}
             seen = self.study.statistics(cast(Mapping[str, Layer], originals), step.samples, gradients=True)
             free = {name for name, norm in self.norms() if norm.weight.numel() > 1}
             behind = norms_behind(self.study.original, self.layers, task.inputs())
@@ -332,8 +345,8 @@ class _Bench:
         if any(type(constraint) is Masked for constraint in constraints_on(built)[-1:]):
             tight = Mask(int((numbers != 0).sum()))
             cast(Masked, tight.put_on(built)).mask.copy_(numbers != 0)
-            yield Constrain(name, tight, _state(built))
-        yield Constrain(name, _on_grid(built, "weight", numbers, step), _state(built))
+            yield self._made(name, tight, built)
+        yield self._made(name, _on_grid(built, "weight", numbers, step), built)
         bias = _free_bias(built)
         if bias is not None and name in self.means:
             bias = bias + self.lacking(name, numbers, step)
@@ -342,6 +355,10 @@ class _Bench:
             size = float(bias.square().mean().sqrt())
             step = min(unit / math.sqrt(matters), size / 4) if matters else size * share
             yield Constrain(name, _on_grid(built, "bias", (bias / step).round(), step), _state(built))
+
+    def _made(self, name: str, constraint: Constraint, built: Layer) -> Constrain:
+        """The edit that makes a layer what it was built to be."""
+        return cast(Constrain, remade(self.study.model, name, constraint, _state(built)))
 
     # Trials ---------------------------------------------------------------------------------------------------------
 

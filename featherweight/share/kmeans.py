@@ -156,7 +156,8 @@ class KMeans(Layerwise):
             for edit in super().edits(study):
                 yield edit
                 if isinstance(edit, Constrain) and self.gradients == "mean":
-                    shared = cast(Shared, constraints_on(study.model.get_submodule(edit.layer))[-1])
+                    held = study.model.get_submodule(edit.layer)
+                    shared = cast(Shared, constraints_on(held, edit.constraint.tensor)[-1])
                     if shared.centroids.requires_grad:
                         stack.callback(_by_means(shared).remove)
 

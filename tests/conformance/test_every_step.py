@@ -498,7 +498,7 @@ def test_every_option_costs_after_it_is_applied_what_it_said_before(step, networ
         seen = statistics.get(name) if getattr(step, "needs_data", False) else None
         for option in {options[0], options[len(options) // 2], options[-1]} if options else ():
             changed = copy.deepcopy(model)
-            remade(name, option.form, technique.values(layer, option.form, seen)).apply(changed)
+            remade(model, name, option.form, technique.values(layer, option.form, seen)).apply(changed)
             found = profile(changed, example).layers[name].cost
             assert found == option.cost, (name, str(option))
             priced += 1

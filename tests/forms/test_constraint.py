@@ -161,7 +161,11 @@ def test_what_does_not_fit_is_said():
 
 
 def test_the_right_edit_is_made_of_a_form():
-    assert remade("a", Mask(3)) == Constrain("a", Mask(3))
-    assert remade("a", LowRank(3)) == Replace("a", LowRank(3))
-    assert remade("a", Mask(3)).describe() == "a: 3 values kept"
+    assert remade(nn.Module(), "a", Mask(3)) == Constrain("a", Mask(3))
+    assert remade(nn.Module(), "a", LowRank(3)) == Replace("a", LowRank(3))
+    assert remade(nn.Module(), "a", Mask(3)).describe() == "a: 3 values kept"
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)})
+    assert remade(attention, "a.in_proj_weight", Mask(3)) == Constrain("a", Mask(3, tensor="in_proj_weight"))
+    assert remade(attention, "a.in_proj_weight", Mask(3)).describe() == "a.in_proj_weight: 3 values kept"
+    assert remade(attention, "a.out_proj", Mask(3)) == Constrain("a.out_proj", Mask(3))
     assert editing.replay(make(Mixed), []).first.weight.shape == (24, 12)
