@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.batch import Inputs, mode, tensors_in
-from featherweight.forms import Layer
+from featherweight.forms import Layer, Masked, beneath, parametrized
 
 
 def norms_behind(model: nn.Module, layers: Collection[str], inputs: Inputs) -> dict[str, str]:
@@ -50,8 +50,10 @@ def norms_behind(model: nn.Module, layers: Collection[str], inputs: Inputs) -> d
         def reached(norm: str) -> Any:
             def hook(module: nn.Module, args: Any) -> None:
                 calls[norm] += 1
-                if args and id(args[0]) in watch.answers:
-                    taken[watch.answers[id(args[0])][1]] = norm
+                name = watch.answers[id(args[0])][1] if args and id(args[0]) in watch.answers else None
+                # What Linear layers give token by token, batch norms take for channels of something else.
+                if name is not None and (not isinstance(wanted[name], nn.Linear) or args[0].ndim == 2):
+                    taken[name] = norm
 
             return hook
 
@@ -79,6 +81,36 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = {id(tensor) for tensor in tensors_in((args, kwargs))} & self.answers.keys()
         self.reads.update(self.answers[place][1] for place in found)
         return operation(*args, **(kwargs or {}))
+
+
+def turn(model: nn.Module, layers: Collection[str], inputs: Inputs) -> list[str]:
+    """Make the factors of the batch norms behind layers positive, in place: outputs of the layers change their signs.
+
+    Folded into a layer whose weight lies on a grid, a negative factor would ask for opposites that the grid does not
+    have. The model's answers stay as they are.
+
+    Args:
+        model: the network.
+        layers: names of layers whose weights are their own; those with a bias stay, and those that are confined to
+            more than a mask.
+        inputs: an example.
+    Returns:
+        Names of the layers that were turned.
+    """
+    found = []
+    for name, behind in norms_behind(model, layers, inputs).items():
+        layer, norm = cast(Layer, model.get_submodule(name)), cast(_BatchNorm, model.get_submodule(behind))
+        own = all(isinstance(c, Masked) for c in parametrized(layer).get("weight", ()))
+        if not own or norm.weight is None or not bool((norm.weight < 0).any()):
+            continue
+        with torch.no_grad():
+            signs = torch.where(norm.weight < 0, -1.0, 1.0)
+            weight = beneath(layer, "weight")
+            weight.mul_(signs.to(weight).reshape(-1, *(1 for _ in weight.shape[1:])))
+            for tensor in (norm.weight, cast(Tensor, norm.running_mean)):
+                tensor.mul_(signs.to(tensor))
+        found.append(name)
+    return found
 
 
 def with_bias(layer: Layer) -> Layer:

@@ -297,7 +297,7 @@ def as_graph(model: nn.Module, inputs: Inputs) -> ModelGraph:
             "tensors and plain values, not nested in other containers"
         )
     held = [(name, tensor, constraints_on(module, tensor)) for name, module, tensor in constrained_tensors(model)]
-    beneath = {(n, t): model.get_submodule(n).parametrizations[t].original for n, t, _ in held}  # type: ignore[index, union-attr]
+    under = {(n, t): model.get_submodule(n).parametrizations[t].original for n, t, _ in held}  # type: ignore[index, union-attr]
     try:
         graph = graph_module(released(model), inputs)
     except GraphError as error:
@@ -309,9 +309,7 @@ def as_graph(model: nn.Module, inputs: Inputs) -> ModelGraph:
             continue
         if tensor not in holder._parameters:
             continue
-        setattr(
-            holder, tensor, nn.Parameter(beneath[name, tensor].detach().clone(), beneath[name, tensor].requires_grad)
-        )
+        setattr(holder, tensor, nn.Parameter(under[name, tensor].detach().clone(), under[name, tensor].requires_grad))
         for constraint in constraints:
             parametrize.register_parametrization(holder, tensor, copy.deepcopy(constraint), unsafe=True)
     return graph
@@ -339,6 +337,11 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
                 raise EditError(
                     f"{name} lies on a grid of {form}, which does not let every output have its own scale: {UNFOLDED}"
                 )
+            if without_opposites(constraint, beneath(holder, leaf), spread(factor) < 0):
+                raise EditError(
+                    f"{name} lies on a grid of {form}, where not all values have opposites, and a batch norm turns its "
+                    f"sign: {UNFOLDED}"
+                )
             with torch.no_grad():
                 each = factor.abs().to(constraint.scale.dtype)
                 each = each.reshape(-1, *(1 for _ in constraint.scale.shape[1:]))
@@ -360,6 +363,20 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
         stack[leaf].original = new
     else:
         setattr(holder, leaf, new)
+
+
+def without_opposites(made: Gridded, values: Tensor, turned: Tensor) -> bool:
+    """Whether a grid lacks the opposites of some of these values, where their sign is to be turned.
+
+    Args:
+        made: the grid.
+        values: any shape.
+        turned: where; broadcasts against the values.
+    """
+    if not made.form.symmetric or not bool(turned.any()):
+        return False
+    numbers = made.numbers(values)
+    return bool((((-numbers < made.form.low) | (-numbers > made.form.high)) & turned).any())
 
 
 def remade(model: nn.Module, layer: str, form: Form, values: Mapping[str, Tensor] | None = None) -> Replace | Constrain:

@@ -11,7 +11,7 @@ from torch import nn
 import featherweight as fw
 from featherweight import factorize, layerwise, prune, quantize, share
 from featherweight.batch import as_inputs
-from featherweight.constant import moved, norms_behind, with_bias
+from featherweight.constant import moved, norms_behind, turn, with_bias
 from featherweight.quantize import rate_distortion
 
 
@@ -38,6 +38,35 @@ class Normed(nn.Module):
         x = F.relu(self.shared(self.again(x)))
         x = F.relu(self.norm_of_biased(self.biased(self.shared(x))))
         return self.plain(x).mean((2, 3))
+
+
+def test_layers_are_turned_where_norms_are_negative_and_the_answers_stay():
+    model = make(Normed)
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.normal_(generator=torch.Generator().manual_seed(0))
+    x, before = Normed.data(16), {k: v.clone() for k, v in model.state_dict().items()}
+    right = model(x)
+    assert turn(model, ["first", "read", "again", "biased", "plain"], as_inputs(x[:1])) == ["first"]
+    torch.testing.assert_close(model(x), right)
+    assert bool((model.norm.weight >= 0).all())
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"first.weight", "norm.weight", "norm.running_mean"}
+    assert turn(model, ["first"], as_inputs(x[:1])) == []
+
+
+def test_norms_of_tokens_are_not_taken_for_norms_of_outputs():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x))
+
+    model = Tokens().eval()
+    assert norms_behind(model, ["linear"], as_inputs(torch.randn(2, 6))) == {"linear": "norm"}
+    assert norms_behind(model, ["linear"], as_inputs(torch.randn(2, 6, 6))) == {}
 
 
 def trained(kind: type[nn.Module]) -> nn.Module:

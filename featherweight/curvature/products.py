@@ -26,8 +26,8 @@ def products(model: nn.Module, names: Iterable[str], told: Told) -> Iterator[Non
     """Inside, `told` is told of every product with these of the model's layers that are attention's projections.
 
     Attention whose queries are its keys and values too multiplies by all rows of ``in_proj_weight`` at once, other
-    attention by parts of them. Meanwhile PyTorch's own `linear` is replaced, in all threads; what others do goes through
-    it unchanged.
+    attention by parts of them. Meanwhile PyTorch's own `linear` is replaced, in all threads; what others do
+    goes through it unchanged.
     """
     held = {name: attention for name in names if (attention := attention_of(model, name)) is not None}
     if not held:

@@ -3,7 +3,7 @@
 from featherweight.graph.behind import Behind, behind
 from featherweight.graph.coupling import Coupling, Group, Site, couple
 from featherweight.graph.edges import put_on_edges, value_names, weight_of
-from featherweight.graph.fold import fold, foldable
+from featherweight.graph.fold import factor_of, fold, foldable, turn
 from featherweight.graph.module import ModelGraph, graph_module, left_behind
 from featherweight.graph.narrow import Narrowed, Narrowing, Unfaithful, narrow
 from featherweight.graph.optimizer import narrow_optimizer
@@ -24,6 +24,7 @@ __all__ = [
     "behind",
     "capture",
     "couple",
+    "factor_of",
     "fold",
     "foldable",
     "graph_module",
@@ -32,6 +33,7 @@ __all__ = [
     "narrow_optimizer",
     "norms_over_kept",
     "put_on_edges",
+    "turn",
     "value_names",
     "weight_of",
 ]

@@ -6,6 +6,7 @@ Jacob et al., 2018, arxiv.org/abs/1712.05877, section 3.2: in evaluation a batch
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from featherweight.graph.rules.call import arguments, operation_of, read_by
 from featherweight.graph.trace import GraphError, attribute
 
 FOLDED_INTO = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+# Factors of a layer's outputs → the same, to broadcast against its weight.
+Spread = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +45,7 @@ def foldable(graph: ModelGraph) -> tuple[list[str], dict[str, str]]:
     return able, left
 
 
-def fold(
-    graph: ModelGraph, norms: Iterable[str], scaled: Callable[[str, Tensor, Callable[[Tensor], Tensor]], None]
-) -> None:
+def fold(graph: ModelGraph, norms: Iterable[str], scaled: Callable[[str, Tensor, Spread], None]) -> None:
     """Fold batch norms into the layers in front of them, in place.
 
     Args:
@@ -69,6 +70,51 @@ def fold(
     graph.recompile()
 
 
+def factor_of(graph: ModelGraph, norm: str) -> tuple[str, Tensor, Spread]:
+    """What folding a batch norm would multiply: the weight's name, a factor for every output, how to spread those.
+
+    Args:
+        graph: the model.
+        norm: name of a batch norm, as `foldable` gives it.
+    """
+    pair = _pair(next(node for node, name in value_names(graph).items() if name == norm))
+    assert isinstance(pair, _Pair)
+    _, factor, spread = _factor(graph, pair)
+    return pair.weight, factor, spread
+
+
+def turn(graph: ModelGraph, norms: Iterable[str]) -> None:
+    """Make the factors of batch norms positive, in place, answers unchanged: a layer's output changes its sign instead.
+
+    A batch norm whose tensors others read too stays.
+
+    Args:
+        graph: the model.
+        norms: names of batch norms, as `foldable` gives them, behind layers whose weights may change their signs.
+    """
+    readers: Counter[str] = Counter()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)] += len(node.users)
+    nodes = {name: node for node, name in value_names(graph).items()}
+    for name in norms:
+        pair = _pair(nodes[name])
+        assert isinstance(pair, _Pair)
+        given = arguments(pair.norm)
+        parts = (arguments(pair.layer).get("bias"), given["weight"], given["running_mean"])
+        turned = [str(part.target) for part in parts if part is not None]
+        if any(readers[target] > 1 for target in turned):
+            continue
+        _, factor, spread = _factor(graph, pair)
+        signs = torch.where(factor < 0, -1.0, 1.0)
+        with torch.no_grad():
+            weight = _beneath(graph, pair.weight)
+            weight.mul_(spread(signs).to(weight.dtype))
+            for target in turned:
+                tensor = attribute(graph, target)
+                tensor.mul_(signs.to(tensor.dtype))
+
+
 def _pair(norm: fx.Node) -> _Pair | str:
     layer = norm.args[0]
     if not isinstance(layer, fx.Node) or layer.op != "call_function" or operation_of(layer) not in FOLDED_INTO:
@@ -90,34 +136,37 @@ def _pair(norm: fx.Node) -> _Pair | str:
     return _Pair(layer, norm, weight)
 
 
-def _fold_one(
-    graph: ModelGraph, pair: _Pair, scaled: Callable[[str, Tensor, Callable[[Tensor], Tensor]], None]
-) -> None:
+def _factor(graph: ModelGraph, pair: _Pair) -> tuple[Tensor, Tensor, Spread]:
+    """The mean that a batch norm takes off, its factor for every output, and how to spread that over the weight."""
     given, own = arguments(pair.norm), arguments(pair.layer)
-
-    def held(node: fx.Node | None, default: float) -> Tensor:
-        value = None if node is None else attribute(graph, str(node.target)).detach().double()
-        return torch.full_like(mean, default) if value is None else value
-
     mean = attribute(graph, str(given["running_mean"].target)).detach().double()
-    variance = held(given["running_var"], 1)
-    factor = held(given["weight"], 1) / (variance + given["eps"]).sqrt()
-    shift = held(given["bias"], 0) - mean * factor
-    old = attribute(graph, pair.weight)
-    groups = own.get("groups", 1)
+    factor = _held(graph, given["weight"], torch.ones_like(mean))
+    factor = factor / (_held(graph, given["running_var"], torch.ones_like(mean)) + given["eps"]).sqrt()
+    shape, groups = attribute(graph, pair.weight).shape, own.get("groups", 1)
     transposed = operation_of(pair.layer).startswith("conv_transpose")
 
     def spread(factors: Tensor) -> Tensor:
         """Factors of the outputs over the weight's shape."""
-        ones = [1] * (old.ndim - 2)
+        ones = [1] * (len(shape) - 2)
         if not transposed:
             return factors.reshape(-1, 1, *ones)
-        each = factors.reshape(groups, 1, -1).expand(groups, old.shape[0] // groups, -1)
-        return each.reshape(old.shape[0], -1, *ones)
+        each = factors.reshape(groups, 1, -1).expand(groups, shape[0] // groups, -1)
+        return each.reshape(shape[0], -1, *ones)
 
+    return mean, factor, spread
+
+
+def _held(graph: ModelGraph, node: fx.Node | None, default: Tensor) -> Tensor:
+    return default if node is None else attribute(graph, str(node.target)).detach().double()
+
+
+def _fold_one(graph: ModelGraph, pair: _Pair, scaled: Callable[[str, Tensor, Spread], None]) -> None:
+    own = arguments(pair.layer)
+    mean, factor, spread = _factor(graph, pair)
+    shift = _held(graph, arguments(pair.norm)["bias"], torch.zeros_like(mean)) - mean * factor
     scaled(pair.weight, factor, spread)
     bias = own.get("bias")
-    had = torch.zeros_like(mean) if bias is None else attribute(graph, str(bias.target)).detach().double()
+    had = _held(graph, bias, torch.zeros_like(mean))
     learns = isinstance(parameter := _beneath(graph, pair.weight), nn.Parameter) and parameter.requires_grad
     new = nn.Parameter((had * factor + shift).to(parameter.dtype), requires_grad=learns)
     name = str(bias.target) if bias is not None else pair.weight.rpartition(".")[0] + ".bias"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from featherweight.constant import turn
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import LayerCall, price
 from featherweight.curvature.gram import Statistics
 from featherweight.curvature.rounding import errors, rescaled
 from featherweight.curvature.sweeps import Matrix, loss, matrix, steady
+from featherweight.edits import Edit
 from featherweight.errors import did_you_mean
 from featherweight.forms import Binary, Constraint, Float, Form, Grid, Layer, Ternary, constraints_on
 from featherweight.forms.floats import TYPES
@@ -25,6 +27,7 @@ from featherweight.layerwise import Layerwise
 from featherweight.mend import corrected_bias
 from featherweight.search.options import Option
 from featherweight.step import Stage
+from featherweight.study import Study
 from featherweight.task import Task
 
 # Of the mean diagonal, towards the weight as it is, where it is fitted to changed inputs.
@@ -172,6 +175,13 @@ class Rounding(Layerwise):
             return Float(bits, axis)
         group = for_layer(self.group, name, 0) if axis == 0 else 0
         return Grid(bits, for_layer(self.symmetric, name, True), axis=axis, group=group)
+
+    # The work -------------------------------------------------------------------------------------------------------
+
+    def edits(self, study: Study) -> Iterator[Edit]:
+        """Turn what batch norms would turn, should they be folded into what is rounded; then layer by layer."""
+        turned = turn(study.model, self._bench(study).layers, study.task.inputs())
+        yield from super().edits(study.again() if turned else study)
 
     # What layerwise steps say ---------------------------------------------------------------------------------------
 

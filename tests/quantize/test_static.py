@@ -341,6 +341,58 @@ def test_weights_that_no_batch_norm_can_be_folded_into_are_said_with_what_to_do(
         assert noise_db(run(small.model, x), run(model, x)) > 10
 
 
+class Turning(nn.Module):
+    """Batch norms with negative factors, as trained networks have some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm_of_one = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.two, self.norm_of_two = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.last, self.norm_of_last = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for norm in (self.norm_of_one, self.norm_of_two, self.norm_of_last):
+                for tensor in (norm.weight, norm.bias, norm.running_mean):
+                    assert isinstance(tensor, torch.Tensor)
+                    tensor.copy_(torch.randn(8, generator=generator))
+
+    @staticmethod
+    def data(count: int) -> torch.Tensor:
+        return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm_of_one(self.one(x)))
+        x = torch.relu(self.norm_of_two(self.two(x)))
+        return self.norm_of_last(self.last(x.mean((2, 3))))
+
+
+def test_weights_of_few_bits_in_front_of_negative_factors_are_folded_exactly():
+    model = make(Turning)
+    rounded = (quantize.GPTQ(bits=2, ignore=("two",)),)
+    weights = fw.compress(model, *rounded, task=task_of(model))
+    small = fw.compress(model, *rounded, quantize.Static(activation_bits=16), task=task_of(model))
+    x = Turning.data(64)
+    assert noise_db(run(small.model, x), run(weights.model, x)) > 60
+    assert not any("norm" in name for name in small.ledger.steps[-1].left)
+
+
+@pytest.mark.parametrize("turned_in_training", [False, True])
+def test_training_on_few_bits_loses_nothing_where_factors_are_negative(turned_in_training: bool):
+    model, x, seen = make(Turning), Turning.data(64), {}
+
+    def train(network: nn.Module, epochs: float) -> None:
+        if turned_in_training:
+            with torch.no_grad():
+                network.get_parameter("norm_of_one.weight")[:4].neg_()
+        seen["answers"] = run(copy.deepcopy(network).eval(), x)
+
+    task = task_of(model, train=train)
+    small = fw.compress(model, quantize.QAT(bits=2, activation_bits=16, learn="nothing"), task=task)
+    assert noise_db(run(small.model, x), seen["answers"]) > 60
+    stayed = [reason for reason in small.ledger.steps[0].left.values() if "became negative in training" in reason]
+    assert len(stayed) == turned_in_training
+
+
 def test_a_step_behind_one_that_rounds_activations_says_why_it_cannot():
     model = make(Residual)
     with pytest.raises(GraphError, match="is quantized already, by an earlier step: leave one of the two out"):
