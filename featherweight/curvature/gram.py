@@ -263,6 +263,7 @@ def gather_paired(
     samples: int,
     effort: float = 8.0,
     rows_a_column: int = ROWS_A_COLUMN,
+    positions: int | None = None,
     seed: int = 0,
 ) -> Statistics | None:
     """The statistics of one layer's inputs in a network whose earlier layers were changed, with the original's answers.
@@ -275,6 +276,7 @@ def gather_paired(
         effort: as in `gather`; more than there, since only one layer is watched, of all that are run for it. Of what
             that allows, no more is taken than a fit can use.
         rows_a_column: how much that is, as a multiple of the width of an input.
+        positions: instead of that, how many random positions of every sample; None for as many as that allows.
         seed: of the choice of positions.
     Returns:
         None where there are no pairs.
@@ -292,7 +294,10 @@ def gather_paired(
                 "number depends on values, and they cannot be compared: leave the layer out with ignore"
             )
         views = patches(layer, x)
-        chosen = _pick(layer, views, effort, generator, most=rows_a_column * len(x) / samples)
+        if positions is None:
+            chosen = _pick(layer, views, effort, generator, most=rows_a_column * len(x) / samples)
+        else:
+            chosen = _pick_each(layer, views, positions, generator)
         rows = _take(layer, views, chosen)
         places += int(_places(layer, views).numel())
         answers = _channels_last(layer, answer)
@@ -318,6 +323,7 @@ def paired_rows(
     *,
     samples: int,
     numbers: int = ROWS_NUMBERS,
+    positions: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, list[Tensor]] | None:
     """What goes into a layer, position by position, and other tensors at the same positions of its answer.
@@ -327,6 +333,7 @@ def paired_rows(
         pairs: call by call, what goes in, and tensors of the shape of the answer but for the number of channels.
         samples: how many samples all pairs together are of.
         numbers: how many numbers of inputs to hold at most.
+        positions: instead of that, how many random positions of every sample; None for as many as a fit can use.
         seed: of the choice of positions.
     Returns:
         The inputs (rows, d), and the other tensors (rows, channels), float32; None where there are no pairs.
@@ -337,8 +344,11 @@ def paired_rows(
     for x, others in pairs:
         views = patches(layer, x)
         width = int(views.shape[1 + len(_places(layer, views)) :].numel())
-        most = min(ROWS_A_KEPT_COLUMN, numbers / width**2) * len(x) / samples
-        chosen = _pick(layer, views, math.inf, generator, most=most)
+        if positions is None:
+            most = min(ROWS_A_KEPT_COLUMN, numbers / width**2) * len(x) / samples
+            chosen = _pick(layer, views, math.inf, generator, most=most)
+        else:
+            chosen = _pick_each(layer, views, positions, generator)
         rows.append(_take(layer, views, chosen)[0])
         flat = [_channels_last(layer, other) for other in others]
         beside.append([(one if chosen is None else one[chosen]).float() for one in flat])
@@ -419,6 +429,15 @@ def _pick(
     if wanted >= everything:
         return None
     return torch.randint(everything, (wanted,), generator=generator).to(views.device)
+
+
+def _pick_each(layer: Layer, views: Tensor, count: int, generator: torch.Generator) -> Tensor | None:
+    """So many random positions of every sample of `patches`, none of them twice; None for all."""
+    samples, each = views.shape[1], int(_places(layer, views)[1:].numel())
+    if count >= each:
+        return None
+    chosen = torch.rand(samples, each, generator=generator).argsort(1)[:, :count]
+    return (chosen + torch.arange(samples)[:, None] * each).flatten().to(views.device)
 
 
 def _places(layer: Layer, views: Tensor) -> torch.Size:

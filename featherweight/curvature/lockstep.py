@@ -210,6 +210,16 @@ class Lockstep:
             for was, now in both:
                 yield from zip(was, now, strict=False)
 
+    def alone(self, name: str, calls: int = 1) -> Iterator[Reached]:
+        """Call by call: what goes into a layer of the original, with its answer; the changed network does not run.
+
+        Args:
+            name: the layer; to be asked for in calling order.
+            calls: how often one run calls it.
+        """
+        for was in self._original.at(name, calls, int(self._room // max(1.0, self._bytes_at(name)))):
+            yield from was
+
     def answers(self) -> tuple[list[Any], list[Any]]:
         """What the original and the changed network answer, batch by batch."""
         return self._original.answers(), self._changed.answers()

@@ -1,4 +1,4 @@
-"""Which inputs a layer can do without, and the weight that does without them, from second moments alone.
+"""Which inputs a layer can do without, from second moments alone.
 
 A *unit* is a set of columns of a layer's weight: one channel's kernel taps, one head's width, one neuron. The layers
 that read the same units are their *consumers*, and what a choice of units loses is the sum over all of them of
@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featherweight.curvature.solve import DAMPING, damp, least_squares, root
+from featherweight.curvature.solve import DAMPING, damp, root
 
 # Of the mean diagonal: for roots of what is positive (semi)definite but for rounding, where DAMPING would bend losses.
 _ROUNDING = 1e-14
@@ -233,26 +233,6 @@ def lasso(
     for count in sorted(set(counts)):
         found[count] = gates.open(count)
     return [torch.from_numpy(found[count]) for count in counts]
-
-
-def reconstruct(
-    weight: Tensor, gram: Tensor, keep_columns: Tensor, *, cross: Tensor | None = None, ridge: float = DAMPING
-) -> Tensor:
-    """The weight that answers best with some of its inputs: W_S = C[:, S] G[S, S]⁻¹, with a ridge towards W[:, S].
-
-    Args:
-        weight: W, (outputs, d).
-        gram: G = E[x xᵀ], (d, d).
-        keep_columns: S, the indices of the columns kept, in the order wanted: (kept,).
-        cross: C = E[t xᵀ], (outputs, d), with t what the layer should answer; None where that is W x.
-        ridge: share of the mean diagonal of G[S, S]; DAMPING at least.
-    Returns:
-        (outputs, kept), float64.
-    """
-    gram = (gram.cpu() if gram.device.type == "mps" else gram).double()  # where a device has no such type
-    weight, columns = weight.detach().to(gram), keep_columns.to(gram.device)
-    wanted = weight @ gram[:, columns] if cross is None else cross[:, keep_columns].to(gram)
-    return least_squares(gram[columns][:, columns], wanted, ridge, prior=weight[:, columns])
 
 
 class _State:

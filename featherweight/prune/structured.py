@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from featherweight.batch import mode
+from featherweight.constant import moved, norms_behind
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
 from featherweight.curvature import rectified
@@ -35,8 +36,8 @@ from featherweight.curvature.gram import (
     gather_paired,
     paired_rows,
 )
-from featherweight.curvature.lockstep import Lockstep
-from featherweight.curvature.selection import Consumer, greedy_elimination, lasso, reconstruct
+from featherweight.curvature.lockstep import Lockstep, Reached
+from featherweight.curvature.selection import Consumer, greedy_elimination, lasso
 from featherweight.curvature.solve import damp, least_squares
 from featherweight.edits import Edit, Leave, Narrow
 from featherweight.errors import BudgetError, RecipeError, first_few
@@ -130,8 +131,18 @@ class Structured(Step):
             ``"lamp"``, or ``"none"``. Predicted losses are comparable as they are.
         threshold: instead of a budget or a ratio, what may be lost: of every group as many units go as together lose no
             more than this, in predicted loss, or in normalized score where another score decides.
-        reconstruct: refit the layers that read narrowed inputs, by least squares, to the original's answers; None for
-            wherever there is calibration data.
+        reconstruct: what is put right, by the original's answers, of the layers from the first that reads narrowed
+            inputs on: True for weights and biases, by least squares, to what the rectifier behind a layer makes of its
+            answer, where that is known; ``"linear"`` for the same to the layer's own answer (He et al., 2017, section
+            3.2); ``"bias"`` for the means of answers alone, which biases or the batch norms behind take up (Nagel et
+            al., 2019, arxiv.org/abs/1906.04721, section 4.2); False for nothing; None for True wherever there is
+            calibration data.
+        asymmetric: fit every layer to the original's answers on what the narrowed layers before it give; False for
+            what is kept of the inputs that it has in the original: then only the layers that read narrowed inputs are
+            fitted, to their own answers. So it always is of a captured graph.
+        positions: at how many random output positions (pixels, tokens) of every sample layers are fitted; None for as
+            many as a fit can use. AIMET's channel pruning takes 10.
+        batch_norm: whether batch norms are re-estimated afterwards; kept where answers come nearer to the original's.
         ignore: patterns of layers to leave alone: no layer that matches loses an output.
         multiple_of: keep multiples of this many slices (or all); per group where it is a mapping.
         minimum: keep at least this many units; per group where it is a mapping.
@@ -155,7 +166,10 @@ class Structured(Step):
     select: str = "measured"
     normalize: str = "share"
     threshold: float | None = None
-    reconstruct: bool | None = None
+    reconstruct: bool | Literal["linear", "bias"] | None = None
+    asymmetric: bool = True
+    positions: int | None = None
+    batch_norm: bool = True
     ignore: tuple[str, ...] = ()
     multiple_of: PerLayer[int] = 1
     minimum: PerLayer[int] = 1
@@ -210,9 +224,17 @@ class Structured(Step):
                 found.append("penalty needs Task(train=...), which the task does not have")
         if not self.penalty_weight > 0 or not self.penalty_epochs > 0:
             found.append("penalty_weight and penalty_epochs must be above 0")
-        needs = [n for n, on in (("reconstruct", self.reconstruct), (f"score={self.score!r}", self._by_data)) if on]
+        hows = [n for n, on in (("positions", self.positions), ("asymmetric=False", not self.asymmetric)) if on]
+        if hows and self.reconstruct is False:
+            found.append(
+                f"{hows[0]} says how layers are fitted, which reconstruct=False leaves out: leave out one of them"
+            )
+        given = (("reconstruct", self.reconstruct), (f"score={self.score!r}", self._by_data))
+        needs = [*(name for name, on in given if on), *hows]
         if needs and not task.has_calibration:
             found.append(f"{needs[0]} needs calibration data: give Task(calibration=...)")
+        if self.positions is not None and self.positions < 1:
+            found.append(f"positions is {self.positions}: at least one position of every sample is looked at")
         if self.epochs and task.train is None:
             found.append("epochs needs Task(train=...), which the task does not have")
         if self.samples < 1 or self.epochs < 0 or self.rounds < 1:
@@ -854,60 +876,77 @@ class _Work:
             study.notes.extend(done[1])
             return
         lockstep = study.lockstep(model, step.samples)
-        stays = self.coupling.kept(kept)
-        layers = dict(model.named_modules())
         if step.reconstruct is not False:
-            narrowed = [name for name in self.readers if not bool(stays[f"{name}.weight"][1].all())]
-            first = next((name for name in self.fittable if name in narrowed and is_layer(layers[name])), None)
-            after = [] if first is None else self.fittable[self.fittable.index(first) :]
-            beside = _Beside(study.original, model, [self.rectified[n] for n in after if n in self.rectified])
-            # Of a captured graph, which calls no layers that could be waited at, each by itself.
-            alone = [name for name in narrowed if name not in after]
-            for name in track([*alone, *after], "refitting layers"):
-                outputs, inputs = (torch.from_numpy(at.nonzero()[0]) for at in stays[f"{name}.weight"][:2])
-                if name in alone:
-                    self._refit_alone(name, layers[name], outputs, inputs)
-                elif is_layer(layers[name]):
-                    self._refit(name, model, lockstep, outputs, beside)
-            sites = [site for group in self.groups if group.name in kept for site in group.consumers()]
-            beside.close()
-            if others := sorted({site.layer or site.tensor for site in sites} - set(narrowed)):
-                study.notes.append(
-                    "not refitted, though what they read was narrowed, as they are no Linear or Conv layers "
-                    f"with weights of their own that the example calls: {first_few(others)}"
-                )
+            self._refit(model, kept, lockstep)
         lockstep.close()
         norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-        if norms and lockstep.samples >= MENDING_SAMPLES:
+        if step.batch_norm and norms and lockstep.samples >= MENDING_SAMPLES:
             divergence = Divergence(study.original, study.task, step.samples)
             reestimate_batch_norm(model, lambda: study.task.batches(model, step.samples), divergence, norms)
 
-    def _refit(self, name: str, model: nn.Module, lockstep: Lockstep, outputs: Tensor, beside: _Beside) -> None:
-        """A layer's weight and bias, in place, by least squares: the original's answers from what reaches it now."""
-        layer = model.get_submodule(name)
-        assert is_layer(layer)
-        dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
-        outputs = outputs.to(layer.weight.device)
-        calls = lockstep.at(name, len(self.study.profile.layers[name].calls))
-        pairs: Iterable[tuple[Tensor, Tensor]] = ((x, answer.index_select(dim, outputs)) for x, answer in calls)
-        if name in self.rectified:
-            pairs = list(pairs)  # the runs that stand still hold them anyway
-            if self._refit_through(name, model, pairs, lockstep.samples, outputs, beside):
-                return
+    def _refit(self, model: nn.Module, kept: Mapping[str, Sequence[int]], lockstep: Lockstep) -> None:
+        """Layers' weights and biases, in place, in calling order: the original's answers from what reaches them."""
+        step, stays, layers = self.step, self.coupling.kept(kept), dict(model.named_modules())
+        narrowed = [name for name in self.readers if not bool(stays[f"{name}.weight"][1].all())]
+        first = next((name for name in self.fittable if name in narrowed and is_layer(layers[name])), None)
+        after = [] if first is None or not step.asymmetric else self.fittable[self.fittable.index(first) :]
+        through = (
+            {n: self.rectified[n] for n in after if n in self.rectified} if step.reconstruct in (None, True) else {}
+        )
+        beside = _Beside(self.study.original, model, list(through.values()))
+        # Also of a captured graph, which calls no layers that could be waited at.
+        alone = [name for name in narrowed if name not in after]
+        for name in track([*alone, *after], "refitting layers"):
+            outputs, inputs = (torch.from_numpy(at.nonzero()[0]) for at in stays[f"{name}.weight"][:2])
+            calls = len(self.study.profile.layers[name].calls)
+            pairs: Iterable[tuple[Tensor, Tensor]]
+            if name in alone:
+                pairs = _kept_pairs(self.readers[name], lockstep.alone(name, calls), outputs, inputs)
+            elif is_layer(layer := layers[name]):
+                pairs = _kept_answers(layer, lockstep.at(name, calls), outputs)
+            else:
+                continue
+            if name in through:
+                pairs = list(pairs)  # the runs that stand still hold them anyway
+                if self._refit_through(name, model, pairs, lockstep.samples, outputs, beside):
+                    continue
+            self._fit(name, model, pairs, lockstep.samples)
+        sites = [site for group in self.groups if group.name in kept for site in group.consumers()]
+        beside.close()
+        if others := sorted({site.layer or site.tensor for site in sites} - set(narrowed)):
+            self.study.notes.append(
+                "not refitted, though what they read was narrowed, as they are no Linear or Conv layers "
+                f"with weights of their own that the example calls: {first_few(others)}"
+            )
+
+    def _fit(self, name: str, model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], samples: int) -> None:
+        """A layer's weight and bias, or bias alone, in place: the original's answers from the inputs beside them."""
+        step, holder = self.step, model.get_submodule(name)
+        layer = holder if is_layer(holder) else self.readers[name]
         seen = gather_paired(
-            layer, pairs, samples=lockstep.samples, rows_a_column=ROWS_A_KEPT_COLUMN, seed=self.study.seed
+            layer,
+            pairs,
+            samples=samples,
+            rows_a_column=ROWS_A_KEPT_COLUMN,
+            positions=step.positions,
+            seed=self.study.seed,
         )
         if seen is None:
             return
-        fitted = seen if layer.bias is None else seen.centred()
-        assert fitted.cross is not None
-        flat = layer.weight.detach().double().reshape(len(fitted.gram), -1, fitted.gram.shape[-1])
-        weight = least_squares(fitted.gram, fitted.cross, RIDGE, prior=flat)
-        weight = weight.reshape(layer.weight.shape).to(layer.weight)
+        weight, bias = holder.get_parameter("weight"), holder._parameters.get("bias")
+        made = weight.detach()
+        if step.reconstruct != "bias":
+            fitted = seen if bias is None else seen.centred()
+            assert fitted.cross is not None
+            flat = made.double().reshape(len(fitted.gram), -1, fitted.gram.shape[-1])
+            made = least_squares(fitted.gram, fitted.cross, RIDGE, prior=flat).reshape(weight.shape).to(weight)
         with torch.no_grad():
-            if layer.bias is not None:
-                layer.bias.copy_(corrected_bias(layer.weight, layer.bias, weight, seen))
-            layer.weight.copy_(weight)
+            if bias is not None:
+                bias.copy_(corrected_bias(weight, bias, made, seen))
+            elif step.reconstruct == "bias" and name in self.norms:
+                none = made.new_zeros(len(made))
+                moved(model.get_submodule(self.norms[name]), corrected_bias(weight, none, made, seen))
+            weight.copy_(made)
 
     def _refit_through(
         self,
@@ -922,7 +961,7 @@ class _Work:
         what, layer = self.rectified[name], model.get_submodule(name)
         norm = model.get_submodule(what.norm) if what.norm else None
         assert is_layer(layer)
-        dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+        dim, outputs = _channels(layer), outputs.to(layer.weight.device)
         scale = layer.weight.new_ones(len(outputs))
         shift = torch.zeros_like(scale)
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
@@ -939,7 +978,7 @@ class _Work:
         others: list[tuple[Tensor, ...]] = [(was.index_select(dim, outputs), now) for was, now in added]
         others = others or [()] * len(reached)
         calls = ((x, (answer, *more)) for (x, answer), more in zip(reached, others, strict=True))
-        rows = paired_rows(layer, calls, samples=samples, seed=self.study.seed)
+        rows = paired_rows(layer, calls, samples=samples, positions=self.step.positions, seed=self.study.seed)
         if rows is None:
             return False
         x, (answer, *both) = rows
@@ -979,27 +1018,10 @@ class _Work:
                 found[name] = what
         return found
 
-    def _refit_alone(self, name: str, holder: nn.Module, outputs: Tensor, inputs: Tensor) -> None:
-        """The same where the narrowed network cannot be looked into: as if what is kept reached the layer as before."""
-        layer, seen = self.readers[name], self.statistics[name]
-        weight, bias = holder.get_parameter("weight"), holder._parameters.get("bias")
-        groups, width = seen.mean.shape
-        taps = width // layer.weight.shape[1]
-        kept = (inputs[:, None] * taps + torch.arange(taps)).flatten()
-        fitted = seen if bias is None else seen.centred()
-        each = layer.out_channels // groups if not isinstance(layer, nn.Linear) else layer.out_features
-        with torch.no_grad():
-            parts: list[Tensor] = []
-            for g in range(groups):
-                rows = outputs[(outputs >= g * each) & (outputs < (g + 1) * each)]
-                whole = layer.weight.detach()[rows].flatten(1)
-                part = reconstruct(whole, fitted.gram[g], kept, ridge=RIDGE)
-                if bias is not None and layer.bias is not None:
-                    lost = whole.double() @ seen.mean[g].double() - part @ seen.mean[g, kept].double()
-                    at = len(torch.cat(parts)) if parts else 0
-                    bias[at : at + len(rows)] = (layer.bias.detach()[rows].double() + lost).to(bias)
-                parts.append(part)
-            weight.copy_(torch.cat(parts).reshape(weight.shape).to(weight))
+    @cached_property
+    def norms(self) -> Mapping[str, str]:
+        """Of layers without a bias the batch norm behind that can take up a constant."""
+        return norms_behind(self.study.original, self.fittable, self.study.task.inputs())
 
     # The record -----------------------------------------------------------------------------------------------------
 
@@ -1086,6 +1108,36 @@ class _Beside:
         """Watch no longer."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _channels(layer: Layer) -> int:
+    """The dimension of what goes into a layer and comes out that holds the channels, from the end."""
+    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+
+
+def _kept_answers(
+    layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], outputs: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of what goes into a layer and what the original answers, of which only some outputs are to be answered."""
+    for x, answer in pairs:
+        yield x, answer.index_select(_channels(layer), outputs.to(answer.device))
+
+
+def _kept_pairs(
+    layer: Layer, calls: Iterable[Reached], outputs: Tensor, inputs: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What goes into the original's layer and what it answers, call by call, of the channels that stay.
+
+    Args:
+        layer: the original's.
+        calls: of it, with answers.
+        outputs: the indices of its weight's first dimension that stay.
+        inputs: those of the second.
+    """
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    columns = (torch.arange(groups)[:, None] * layer.weight.shape[1] + inputs).flatten()
+    pairs = ((call.x.index_select(_channels(layer), columns.to(call.x.device)), call.answer) for call in calls)
+    yield from _kept_answers(layer, ((x, answer) for x, answer in pairs if answer is not None), outputs)
 
 
 def _rewritten(model: nn.Module, narrowing: Narrowing) -> list[str]:

@@ -79,7 +79,10 @@ SETTINGS: dict[type[Step], dict[str, dict[str, Any]]] = {
         "terms": {"terms": 1},
         "trained": {"ratio": 0.5, "epochs_per_layer": 1, "epochs": 2},
     },
-    prune.Channels: STRUCTURED,
+    prune.Channels: {
+        **STRUCTURED,
+        "as AIMET": {"ratio": 0.5, "score": "input_l2", "reconstruct": "linear", "positions": 10, "batch_norm": False},
+    },
     prune.Filters: {"plain": {"ratio": 0.5}},
     prune.Neurons: {"plain": {"ratio": 0.5}},
     prune.Blocks: {"plain": {"count": 1}, "optimal": {"budget": fw.Budget(params=0.95)}},

@@ -30,6 +30,7 @@ from featherweight.curvature.gram import (
     classifier_loss,
     gather,
     gather_paired,
+    paired_rows,
     patches,
     regression_loss,
 )
@@ -473,6 +474,22 @@ def test_no_more_rows_are_looked_at_than_a_fit_can_use() -> None:
     found = paired(model, copy.deepcopy(model), "0", x)
     width = found.gram.shape[-1]
     assert found.rows == ROWS_A_COLUMN * width < 90 * 36
+
+
+@pytest.mark.parametrize("positions", [1, 5, 99])
+def test_as_many_positions_of_every_sample_are_looked_at_as_asked(positions: int) -> None:
+    model = nn.Conv2d(1, 1, 1)
+    x = torch.arange(4.0)[:, None, None, None] + torch.rand(4, 1, 3, 3) / 2  # the whole part says which sample it is
+    pairs = [(part, model(part)) for part in x.split(2)]
+    found = gather_paired(model, pairs, samples=4, positions=positions)
+    rows = paired_rows(model, [(part, (answer,)) for part, answer in pairs], samples=4, positions=positions)
+    assert found is not None
+    assert rows is not None
+    taken, (answers,) = rows
+    assert found.rows == len(taken) == 4 * min(positions, 9)
+    assert torch.equal(taken.flatten().floor().long().bincount(), torch.full((4,), min(positions, 9)))
+    assert len(taken.unique()) == len(taken), "none is taken twice"
+    torch.testing.assert_close(answers, model.weight.detach().flatten(1) * taken + model.bias.detach())  # type: ignore
 
 
 def test_what_is_written_into_an_input_later_is_not_seen() -> None:

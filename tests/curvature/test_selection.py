@@ -19,10 +19,9 @@ from featherweight.curvature.selection import (
     Elimination,
     greedy_elimination,
     lasso,
-    reconstruct,
     removal_losses,
 )
-from featherweight.curvature.solve import DAMPING, damp
+from featherweight.curvature.solve import damp, least_squares
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -335,44 +334,18 @@ def test_a_column_of_no_unit_answers_what_it_can_before_the_gates_do() -> None:
     assert greedy_elimination([alone]).loss(0) < 1e-3 * float(moment(x)[0, 0])
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 4), st.booleans(), st.integers(0, 999))
-def test_reconstruction_is_least_squares_on_the_samples(width: int, outputs: int, other: bool, seed: int) -> None:
-    x, weight = samples(50, width, seed), random(outputs, width, seed=seed + 2)
-    t = x @ weight.T + (random(50, outputs, seed=seed + 3) if other else 0)
-    columns = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[: 1 + seed % width]
-    cross = t.T @ x / len(x) if other else None
-    for ridge in (DAMPING, 0.1):
-        found = reconstruct(weight, moment(x), columns, cross=cross, ridge=ridge)
-        # The ridge towards the weight that is there, as further rows of the regression.
-        part = x[:, columns]
-        penalty = math.sqrt(ridge * float(part.square().sum()) / len(columns))
-        tall = torch.cat([part, penalty * torch.eye(len(columns)).double()])
-        expected = torch.linalg.lstsq(tall, torch.cat([t, penalty * weight[:, columns].T])).solution.T
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    plain = torch.linalg.lstsq(x[:, columns], t).solution.T
-    almost = reconstruct(weight, moment(x), columns, cross=cross)
-    residual, least = (float((t - part @ w.T).square().sum()) for w in (almost, plain))
-    assert residual <= least * 1.01 + 1e-3 * float(t.square().sum())
-
-
-def test_a_reconstructed_layer_loses_what_the_elimination_said() -> None:
+def test_a_refitted_layer_loses_what_the_elimination_said() -> None:
     one = Consumer(
         random(5, 12, seed=0), moment(samples(60, 12, 1)), torch.arange(12).reshape(6, 2), moment(random(9, 5, seed=3))
     )
     run = greedy_elimination([one], damping=1e-3)
     columns = one.units[run.kept(3)].reshape(-1)
     weight = torch.zeros_like(one.weight)
-    weight[:, columns] = reconstruct(one.weight, one.gram, columns, ridge=1e-3)
+    kept, cross = one.gram[columns][:, columns], one.weight @ one.gram[:, columns]
+    weight[:, columns] = least_squares(kept, cross, ridge=1e-3, prior=one.weight[:, columns])
     away = one.weight - weight
     measured = 0.5 * float((one.gradients * (away @ one.gram @ away.T)).sum())
     assert math.isclose(run.loss(3), measured, rel_tol=0.02)
-
-
-def test_where_nothing_arrived_a_reconstruction_keeps_the_weight() -> None:
-    weight, columns = random(2, 3, seed=0), torch.tensor([2, 0])
-    found = reconstruct(weight, torch.zeros(3, 3), columns)
-    torch.testing.assert_close(found, weight[:, columns])
 
 
 GOOD = Consumer(torch.ones(2, 4), torch.eye(4), torch.arange(4)[:, None])
@@ -419,7 +392,7 @@ def test_nothing_given_is_changed() -> None:
         random(2, 4, seed=0), moment(samples(9, 4, 0)), torch.arange(4)[:, None], torch.eye(2), cross=torch.ones(2, 4)
     )
     before = [x.clone() for x in (one.weight, one.gram, one.units, one.gradients, one.cross)]
-    removal_losses([one]), greedy_elimination([one]), lasso([one], [2]), reconstruct(one.weight, one.gram, one.units[0])
+    removal_losses([one]), greedy_elimination([one]), lasso([one], [2])
     for x, was in zip((one.weight, one.gram, one.units, one.gradients, one.cross), before, strict=True):
         assert torch.equal(x, was)
 
@@ -428,4 +401,3 @@ def test_float32_moments_are_worked_on_in_float64() -> None:
     one = Consumer(random(2, 4, seed=0).float(), moment(samples(9, 4, 0)).float(), torch.arange(4)[:, None])
     run: Elimination = greedy_elimination([one])
     assert run.losses.dtype == removal_losses([one]).refitted.dtype == torch.float64
-    assert reconstruct(one.weight, one.gram, torch.tensor([1])).dtype == torch.float64

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import Attention, Mixed, Residual, Transformer, assert_same_state, make, task_of, train
 from torch import Tensor, nn
 
@@ -17,7 +20,7 @@ from featherweight.edits import Narrow, Replace
 from featherweight.errors import BudgetError, NoEffect, RecipeError
 from featherweight.forms import constrained_tensors
 from featherweight.graph import GraphError, couple, narrow
-from featherweight.prune.structured import SCORES
+from featherweight.prune.structured import RIDGE, SCORES
 from featherweight.score import Divergence
 
 
@@ -173,6 +176,116 @@ def test_refitted_layers_bring_the_answers_nearer(kind):
     )
     assert sizes(with_it) == sizes(without)
     assert off(model, with_it) < off(model, without)
+
+
+def reached(model: nn.Module, name: str, batches: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What goes into a layer and comes out of it, position by position, batch by batch: (samples, positions, ...)."""
+    layer, found = model.get_submodule(name), []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            x, answer = F.unfold(args[0], layer.kernel_size, padding=layer.padding).mT, answer.flatten(2).mT
+        else:
+            x, answer = args[0][:, None], answer[:, None]
+        found.append((x.double(), answer.double()))
+
+    handle = layer.register_forward_hook(note)
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("positions", [None, 4])
+@pytest.mark.parametrize("asymmetric", [True, False])
+@pytest.mark.parametrize("kind", [Wide, Written], ids=lambda kind: kind.__name__)
+def test_linear_reconstruction_is_numpys_least_squares(kind, asymmetric, positions):
+    model, ratio = make(kind), {"one *": 0.5, "two *": 0.5}
+    step = prune.Channels(ratio=ratio, reconstruct="linear", asymmetric=asymmetric, positions=positions)
+    compressed = fw.compress(model, step, task=task_of(model, 64))
+    tensors, batches = compressed.edits[0].narrowing.tensors, kind.data(64).split(16)
+    for name, taps in (("two", 9), ("hidden", 1)):
+        width = model.get_submodule(name).weight.shape[1]
+        rows, columns = (torch.tensor(tensors[f"{name}.weight"].get(d, range(40))) for d in (0, 1))
+        columns = (columns[:, None] * taps + torch.arange(taps)).flatten()
+        was = reached(model, name, batches)
+        if asymmetric and kind is Wide:  # a captured graph calls no layers
+            x = [now for now, _ in reached(compressed.model, name, batches)]
+        else:
+            x = [then[..., columns] for then, _ in was]
+        wanted = [answer[..., rows] for _, answer in was]
+        if positions is not None and name == "two":
+            generator = torch.Generator().manual_seed(0)
+            drawn = [torch.rand(*one.shape[:2], generator=generator).argsort(1)[:, :positions, None] for one in x]
+            x, wanted = (
+                [one.take_along_dim(at, 1) for one, at in zip(all_, drawn, strict=True)] for all_ in (x, wanted)
+            )
+        x, wanted = (torch.cat(one).flatten(0, 1) for one in (x, wanted))
+        assert len(x) == {("two", None): 64 * 36, ("two", 4): 64 * 4}.get((name, positions), 64)
+        prior = model.get_submodule(name).weight.detach().double().reshape(-1, width * taps)[rows][:, columns]
+        away, right = x - x.mean(0), wanted - wanted.mean(0)
+        ridge = math.sqrt(RIDGE * float(away.square().sum()) / len(columns)) * torch.eye(len(columns)).double()
+        tall, answers = (torch.cat(both).numpy() for both in ((away, ridge), (right, ridge @ prior.T)))
+        expected = torch.from_numpy(np.linalg.lstsq(tall, answers, rcond=None)[0].T)
+        weight, bias = (compressed.model.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias"))
+        torch.testing.assert_close(weight.flatten(1).double(), expected, rtol=2e-3, atol=2e-4)
+        constant = wanted.mean(0) - expected @ x.mean(0)
+        torch.testing.assert_close(bias.double(), constant, rtol=2e-3, atol=2e-4)
+
+
+class Unbiased(nn.Module):
+    """A convolution whose constants only the norm behind it can take up: (samples, 3, 6, 6) → (samples, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.norm(self.two(torch.relu(self.one(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.before(x)).mean((2, 3)))
+
+    @staticmethod
+    def data(samples: int) -> Tensor:
+        return Wide.data(samples)
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+@pytest.mark.parametrize("positions", [None, 1])
+def test_means_alone_are_put_right_by_biases_and_norms(asymmetric, positions):
+    model, x = make(Unbiased), Wide.data(64)
+    task, settings = task_of(model, 64), {"ratio": {"one *": 0.5}, "batch_norm": False}
+    cut = fw.compress(model, prune.Channels(**settings, reconstruct=False), task=task).model
+    step = prune.Channels(**settings, reconstruct="bias", asymmetric=asymmetric, positions=positions)
+    mended = fw.compress(model, step, task=task).model
+    changed = {n for n, t in mended.state_dict().items() if not torch.equal(t, cut.state_dict()[n])}
+    # What does not read narrowed inputs needs nothing where the original's own inputs are looked at.
+    assert changed == ({"norm.running_mean", "head.bias"} if asymmetric else {"norm.running_mean"})
+    with torch.no_grad():
+        right, off, now = (m.before(x).mean((0, 2, 3)) for m in (model, cut, mended))
+        ends = [m(x).mean(0) for m in (model, mended)]
+    exact = positions is None
+    assert float((off - right).abs().amax()) > 0.1
+    assert torch.allclose(now, right, rtol=1e-4, atol=1e-5) == exact, "a sample's mean is not that of all"
+    assert not asymmetric or torch.allclose(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms_are_re_estimated_unless_that_is_left_out():
+    model = make(Unbiased)
+    model.norm.momentum = 1.0
+    model.train()(Wide.data(64))  # as if it had been trained on such data
+    model.eval()
+    off, on = (
+        fw.compress(model, prune.Channels(ratio={"one *": 0.5}, reconstruct=False, batch_norm=on), task=task_of(model))
+        for on in (False, True)
+    )
+    statistics = {"norm.running_mean", "norm.running_var"}
+    before, after = off.model.state_dict(), on.model.state_dict()
+    assert {name for name, tensor in after.items() if not torch.equal(tensor, before[name])} == statistics
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in statistics)
 
 
 def test_the_units_that_the_loss_misses_least_go():
@@ -633,6 +746,10 @@ def test_a_budget_is_refused_where_there_is_nothing_to_remove(build, step, said)
         ({"ratio": 0.5, "select": "best"}, "select is 'best': use measured, optimal, between, uniform"),
         ({"ratio": 0.5, "multiple_of": 0}, "multiple_of is 0: it must be at least 1"),
         ({"ratio": 0.5, "minimum": {"*": 0}}, "minimum is 0: it must be at least 1"),
+        ({"ratio": 0.5, "reconstruct": "lasso"}, "reconstruct is 'lasso', a str: it takes bool or 'linear' or 'bias'"),
+        ({"ratio": 0.5, "positions": 0}, "positions is 0: at least one position of every sample is looked at"),
+        ({"ratio": 0.5, "reconstruct": False, "positions": 9}, "positions says how layers are fitted, which"),
+        ({"ratio": 0.5, "reconstruct": False, "asymmetric": False}, "asymmetric=False says how layers are fitted"),
         ({"ratio": 0.5, "samples": 0}, "samples and rounds must be at least 1"),
         ({"ratio": 0.5, "epochs": -1}, "epochs at least 0"),
         ({"ratio": 0.5, "epochs": 1}, "epochs needs Task(train=...)"),
@@ -648,7 +765,12 @@ def test_a_setting_that_cannot_be_is_said_in_words(settings, said):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"reconstruct": True}, *({"score": score} for score in ("lasso", "activation", "taylor"))], ids=str
+    "settings",
+    [
+        *({"reconstruct": True}, {"reconstruct": "bias"}, {"asymmetric": False}, {"positions": 9}),
+        *({"score": score} for score in ("lasso", "activation", "taylor")),
+    ],
+    ids=str,
 )
 def test_what_needs_calibration_data_says_so(settings):
     model = make(Residual)
