@@ -11,7 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from featherweight.errors import ArtifactError
 from featherweight.graph import rewrite, verify
 from featherweight.graph.coupling import Coupling, couple
 from featherweight.graph.rewrite import Mask
-from featherweight.graph.rules import operation_of
+from featherweight.graph.rules import Axes, operation_of
+from featherweight.graph.rules.call import arguments
+from featherweight.graph.rules.layers import lengthened
 from featherweight.graph.trace import GraphError, capture, source_of
 
 Form = Literal["module", "graph"]
@@ -66,6 +68,9 @@ class Narrowing:
         values: by tensor name, the new numbers of tensors that hold indices into dimensions which lost slices.
         attributes: by module name and attribute, the new number or list of numbers.
         inputs: of the graph form, the example's shapes and types, to capture the graph with.
+        lengths: of weight norms that lose some of what their norm is over, by the length's name (g of g · v / ‖v‖), the
+            direction's (v) and the dimension that the norm is not over, -1 where it is over all: g is multiplied by
+            what stays of ‖v‖, so that the weights that stay are as they were.
     """
 
     form: Form
@@ -75,9 +80,11 @@ class Narrowing:
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, _Value]] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    lengths: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The narrowing as JSON-ready data."""
+        lengths = {name: list(of) for name, of in self.lengths.items()}
         return {
             "form": self.form,
             "why": self.why,
@@ -89,6 +96,7 @@ class Narrowing:
                 for module, changes in self.attributes.items()
             },
             "inputs": dict(self.inputs),
+            **({"lengths": lengths} if lengths else {}),
         }
 
     @classmethod
@@ -99,7 +107,7 @@ class Narrowing:
             ArtifactError: not a narrowing of this version.
         """
         try:
-            if set(data) != {"form", "why", "kept", "tensors", "values", "attributes", "inputs"}:
+            if set(data) - {"lengths"} != {"form", "why", "kept", "tensors", "values", "attributes", "inputs"}:
                 raise ValueError(f"its fields are {sorted(data)}")
             if data["form"] not in ("module", "graph"):
                 raise ValueError(f"its form is {data['form']!r}")
@@ -116,6 +124,7 @@ class Narrowing:
                     for module, c in data["attributes"].items()
                 },
                 dict(data["inputs"]),
+                {str(g): (str(v), *_integers([dim])) for g, (v, dim) in data.get("lengths", {}).items()},  # type: ignore[misc]
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"this is not a narrowing that this version knows: {error}") from error
@@ -193,12 +202,13 @@ def narrow(
         {name: tuple(numbers) for name, numbers in rewrite.renumbered(coupling, lost).items()},
         {},
         _sketch(coupling.analysis.trace.inputs),
+        _lengths(coupling, lost),
     )
     graph, numbers = rewrite.narrowed(coupling, lost, _cut(coupling, plan))
     device = batch.device_of(model)
     error: float | None = None
     if device.type != "meta" and check:
-        error = _checked(coupling, graph, kept, lost)
+        error = _checked(coupling, graph, plan, lost)
     if form != "graph":
         module, narrowing, why_not = _as_module(model, coupling, plan, numbers, graph, check=check)
         if module is not None:
@@ -225,7 +235,7 @@ def _as_module(
     With `check`, its code is captured too where it computes with numbers that have changed.
     """
     registered = {name for name, _ in _registered(model)}
-    loose = [name for name in (*plan.tensors, *plan.values) if name not in registered]
+    loose = [name for name in (*plan.tensors, *plan.values, *plan.lengths) if name not in registered]
     if loose:
         return None, plan, f"its code holds a tensor that is neither a parameter nor a buffer ({loose[0]})"
     assert isinstance(graph, fx.GraphModule)
@@ -357,11 +367,11 @@ def _module_form(model: nn.Module, plan: Narrowing) -> nn.Module:
             if tensor is not None:
                 owners.setdefault(id(tensor), []).append((part, leaf))
                 named[f"{path}.{leaf}" if path else leaf] = tensor
-    for name in {*plan.tensors, *plan.values}:
+    for name in {*plan.tensors, *plan.values, *plan.lengths}:
         if name not in named:
             raise GraphError(f"{type(model).__name__} has no tensor {name!r}: the narrowing was made for another model")
         old = named[name]
-        new = _cut_tensor(old, name, plan)
+        new = _cut_tensor(old, name, plan, named)
         for part, leaf in owners[id(old)]:
             if leaf in part._parameters:
                 setattr(part, leaf, new)
@@ -475,34 +485,43 @@ def _translated(value: Any, pairs: set[tuple[int, int]]) -> _Value | None:
     return became.pop() if len(became) == 1 else None
 
 
-def _checked(coupling: Coupling, graph: nn.Module, kept: Mapping[str, Sequence[int]], lost: Mask) -> float:
+def _checked(coupling: Coupling, graph: nn.Module, plan: Narrowing, lost: Mask) -> float:
     """How far the narrowed graph is from the masked original.
 
     Raises:
         GraphError: too far; the message names the first group that is so alone.
     """
-    error, allowed = _error(coupling, graph, lost)
+    error, allowed = _error(coupling, graph, plan, lost)
     if error <= allowed:
         return error
-    for name, units in kept.items():
+    for name, units in plan.kept.items():
         alone = coupling.lost({name: units})
-        plan = Narrowing("graph", "", {}, _indices(coupling, alone), _numbers(coupling, alone))
-        single, _ = rewrite.narrowed(coupling, alone, _cut(coupling, plan))
-        far, allowed = _error(coupling, single, alone)
+        lengths = _lengths(coupling, alone)
+        one = Narrowing("graph", "", {}, _indices(coupling, alone), _numbers(coupling, alone), lengths=lengths)
+        single, _ = rewrite.narrowed(coupling, alone, _cut(coupling, one))
+        far, allowed = _error(coupling, single, one, alone)
         if far > allowed:
             raise Unfaithful(name, far)
     raise GraphError(
-        f"the network narrowed in {len(kept)} groups does not answer as the original with those slices set to zero "
-        f"does (relative difference {error:.1e}), although it does for every group alone: "
+        f"the network narrowed in {len(plan.kept)} groups does not answer as the original with those slices set to "
+        f"zero does (relative difference {error:.1e}), although it does for every group alone: "
         "narrow fewer groups, and report it"
     )
 
 
-def _error(coupling: Coupling, graph: nn.Module, lost: Mask) -> tuple[float, float]:
+def _error(coupling: Coupling, graph: nn.Module, plan: Narrowing, lost: Mask) -> tuple[float, float]:
     small = sum(t.numel() for t in coupling.analysis.trace.tensors.values()) <= _SMALL
     inputs = _inputs(coupling, double=small)
     masked = verify.masked_answers(coupling, lost, inputs, double=small)
-    given = verify.answers(verify.in_double(graph) if small else graph, inputs)
+    if small:
+        graph = verify.in_double(graph)
+        tensors = coupling.analysis.trace.tensors
+        wide = {
+            name: tensors[name].detach().double() for pair in plan.lengths.items() for name in (pair[0], pair[1][0])
+        }
+        for name in plan.lengths:  # what was computed, and not cut, was rounded
+            graph.get_parameter(name).data = _cut_tensor(wide[name], name, plan, wide)
+    given = verify.answers(graph, inputs)
     return verify.distance(given, masked), 1e-7 if small else 1e-3
 
 
@@ -531,6 +550,21 @@ def _indices(coupling: Coupling, lost: Mask) -> dict[str, dict[int, tuple[int, .
     return made
 
 
+def _lengths(coupling: Coupling, lost: Mask) -> dict[str, tuple[str, int]]:
+    """Of weight norms that lose some of what their norm is over, the lengths, as `Narrowing` has them."""
+    made = {}
+    trace = coupling.analysis.trace
+    for node in trace.graph.graph.nodes:
+        if (read := lengthened(node)) is None:
+            continue
+        dim = int(arguments(node)["dim"])
+        over = [axis for d, axis in enumerate(cast(Axes, coupling.analysis.values[node])) if d != dim]
+        if any(not coupling.stays(axis.rows, lost).all() for axis in over):
+            direction, length = (trace.names[str(tensor.target)] for tensor in read)
+            made[length] = direction, dim
+    return made
+
+
 def _numbers(coupling: Coupling, lost: Mask) -> dict[str, tuple[int, ...]]:
     return {name: tuple(numbers) for name, numbers in rewrite.renumbered(coupling, lost).items()}
 
@@ -548,16 +582,36 @@ def _refuse_empty(coupling: Coupling, lost: Mask, kept: Mapping[str, Sequence[in
 
 
 def _cut(coupling: Coupling, plan: Narrowing) -> dict[str, Tensor]:
-    return {name: _cut_tensor(tensor, name, plan) for name, tensor in coupling.analysis.trace.tensors.items()}
+    tensors = coupling.analysis.trace.tensors
+    return {name: _cut_tensor(tensor, name, plan, tensors) for name, tensor in tensors.items()}
 
 
-def _cut_tensor(tensor: Tensor, name: str, plan: Narrowing) -> Tensor:
-    """A copy of a tensor with the slices that stay; parameters stay parameters."""
-    made = tensor.detach()
-    for d, kept in plan.tensors.get(name, {}).items():
-        if d >= made.ndim or (kept and kept[-1] >= made.shape[d]):
-            raise GraphError(f"{name} is {tuple(tensor.shape)}: the narrowing was made for another model")
-        made = made.index_select(d, torch.tensor(kept, device=made.device))
+def _cut_tensor(tensor: Tensor, name: str, plan: Narrowing, others: Mapping[str, Tensor]) -> Tensor:
+    """A copy of a tensor with the slices that stay; parameters stay parameters.
+
+    Args:
+        tensor: as it was.
+        name: its name.
+        plan: what stays.
+        others: the model's tensors as they were, by name.
+    """
+
+    def stays(tensor: Tensor, name: str) -> Tensor:
+        for d, kept in plan.tensors.get(name, {}).items():
+            if d >= tensor.ndim or (kept and kept[-1] >= tensor.shape[d]):
+                raise GraphError(f"{name} is {tuple(tensor.shape)}: the narrowing was made for another model")
+            tensor = tensor.index_select(d, torch.tensor(kept, device=tensor.device))
+        return tensor
+
+    made = stays(tensor.detach(), name)
+    if name in plan.lengths:
+        direction, dim = plan.lengths[name]
+        if direction not in others:
+            raise GraphError(f"there is no tensor {direction!r}: the narrowing was made for another model")
+        whole = others[direction].detach()
+        whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
+        before, after = (torch.norm_except_dim(v, 2, dim) for v in (whole, stays(whole, direction)))
+        made = (made * (after / stays(before, name))).to(tensor.dtype)
     if name in plan.values:
         made = torch.tensor(plan.values[name], dtype=made.dtype, device=made.device)
     made = made.clone() if made.data_ptr() == tensor.data_ptr() else made

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,13 +19,14 @@ from featherweight import batch
 from featherweight.batch import Inputs
 from featherweight.graph.coupling import Coupling
 from featherweight.graph.rewrite import Mask
-from featherweight.graph.rules import operation_of
+from featherweight.graph.rules import Axes, operation_of
 from featherweight.graph.rules.call import arguments
+from featherweight.graph.rules.layers import lengthened
 from featherweight.graph.rules.reduction import along, statistic
-from featherweight.graph.trace import module_of, quiet, source_of
+from featherweight.graph.trace import attribute, module_of, quiet, source_of
 
 # Operations for which masking is not removal. Norms take statistics over what was kept, and so do means if they are of
-# a norm written out; of a weight norm a removed row is 0, not 0 / 0.
+# a norm written out; of a weight norm a removed row is 0, not 0 / 0, and those that stay are as they were.
 RESTRICTED = ("layer_norm", "rms_norm", "group_norm", "mean", "_weight_norm")
 
 _WIDE = {
@@ -76,7 +77,7 @@ class Masked(fx.Interpreter):
         if self._double:
             args, kwargs = widened((args, kwargs))
         if operation_of(n) == "_weight_norm":
-            return torch.nan_to_num(n.target(*args, **kwargs), nan=0.0)  # type: ignore[operator]
+            return self._normed_weight(n, args, kwargs)
         return self._over_kept(n, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -84,6 +85,17 @@ class Masked(fx.Interpreter):
         if self._double:
             args, kwargs = widened((args, kwargs))
         return super().call_function(target, args, kwargs)
+
+    def _normed_weight(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor:
+        """A weight of a direction and a length, the original's with zeros where slices went."""
+        if lengthened(node) is None:
+            return torch.nan_to_num(node.target(*args, **kwargs), nan=0.0)  # type: ignore[operator]
+        whole = [attribute(self.module, str(read.target)).detach().to(args[0].dtype) for read in node.args[:2]]  # type: ignore[union-attr]
+        made: Tensor = node.target(*whole, *args[2:], **kwargs)  # type: ignore[operator]
+        for d, axis in enumerate(cast(Axes, self._coupling.analysis.values[node])):
+            gone = torch.from_numpy(~self._coupling.stays(axis.rows, self._lost)).nonzero().reshape(-1)
+            made = made.index_fill(d, gone.to(made.device), 0)
+        return made
 
     def _over_kept(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A norm over what was kept, with zeros where slices went."""

@@ -669,10 +669,11 @@ class _Work:
 
     @cached_property
     def fittable(self) -> list[str]:
-        """The Linear and Conv layers with weights of their own, in calling order."""
+        """The Linear and Conv layers with weights of their own that nothing confines, in calling order."""
         called = [name for name, row in self.study.profile.layers.items() if row.calls and name in self.layers]
-        stuck = obstacles(self.study.original, called, ())
-        return [n for n in called if n not in stuck and is_layer(self.study.original.get_submodule(n))]
+        stuck, read = obstacles(self.study.original, called, ()), self.coupling.analysis.tensors
+        able = [name for name in called if name not in stuck and f"{name}.weight" in read]
+        return [name for name in able if is_layer(self.study.original.get_submodule(name))]
 
     @cached_property
     def statistics(self) -> Mapping[str, Statistics]:

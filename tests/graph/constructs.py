@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from featherweight.batch import Inputs
 from featherweight.graph import Coupling, Narrowed, Narrowing, couple, narrow
@@ -61,19 +62,34 @@ def some(coupling: Coupling, seed: int = 0, share: float = 0.5) -> dict[str, lis
     }
 
 
+class Times(nn.Module):
+    """A mask as a parametrization."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.kept
+
+
 def masked(model: nn.Module, narrowing: Narrowing) -> nn.Module:
     """A copy of the model with the slices that the narrowing cuts set to zero."""
     model = copy.deepcopy(model)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, dims in narrowing.tensors.items():
-            if not tensors[name].is_floating_point():
+            layer, computed, part = name.partition(".parametrizations.weight.")
+            if computed and part not in ("original", "original1"):
                 continue
-            for d, kept in dims.items():
-                if name.endswith("original1") and d == 0:
-                    continue  # of a weight norm the scale is zero there: a direction of zeros would be 0 / 0
-                gone = [i for i in range(tensors[name].shape[d]) if i not in set(kept)]
-                tensors[name].index_fill_(d, torch.tensor(gone), 0)
+            kept = torch.ones(tensors[name].shape, dtype=torch.bool)
+            for d, indices in dims.items():
+                gone = [i for i in range(tensors[name].shape[d]) if i not in set(indices)]
+                kept.index_fill_(d, torch.tensor(gone), False)
+            if computed:  # it is the weight that has zeros: a direction of them would be 0 / 0
+                parametrize.register_parametrization(model.get_submodule(layer), "weight", Times(kept), unsafe=True)
+            elif tensors[name].is_floating_point():
+                tensors[name].mul_(kept)
     return model
 
 
@@ -269,7 +285,7 @@ CONSTRUCTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]]
         lambda: Net(
             lambda s, x: head(s, s.c(s.b(s.a(x)).relu())), a=conv(3, 8),
             b=nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 3)), c=conv(6, 8), fc=nn.Linear(8, 3)),
-        IMAGE, {"c.0", "b"},
+        IMAGE, {"a.0", "c.0", "b"},
     ),
     "fused attention": (
         lambda: Net(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from constructs import CONSTRUCTS, IMAGE, TOKENS, Net, assert_equals_masked, con
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from featherweight.graph import couple, narrow, norms_over_kept
+from featherweight.graph import Narrowing, couple, narrow, norms_over_kept
 
 
 @pytest.mark.parametrize("name", CONSTRUCTS)
@@ -215,11 +217,25 @@ def test_means_that_are_no_norms_count_removed_slices_as_zeros_or_stay_whole(nam
 
 
 WEIGHTS = {  # name -> what becomes of a convolution, whether its outputs can go
-    "weight norm": (parametrizations.weight_norm, True),
+    "weight norm of a computed direction": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", Lengthened()),
+        True,
+    ),
     "spectral norm": (parametrizations.spectral_norm, False),
     "spectral norm by hooks": (nn.utils.spectral_norm, False),
     "standardised by hand": (lambda layer: parametrize.register_parametrization(layer, "weight", Centred()), True),
 }
+
+
+class Lengthened(nn.Module):
+    """A weight norm of twice a direction."""
+
+    def __init__(self):
+        super().__init__()
+        self.length = nn.Parameter(torch.rand(8, 1, 1, 1) + 1)
+
+    def forward(self, weight):
+        return torch._weight_norm(weight * 2, self.length, 0)
 
 
 class Centred(nn.Module):
@@ -242,6 +258,56 @@ def test_inputs_that_the_other_weights_depend_on_stay(name):
     expected = model[1].weight[[0, 3, 4]] if outputs else model[1].weight
     assert torch.allclose(narrowed[1].weight, expected, rtol=1e-9)
     assert_equals_masked(model, example(IMAGE), narrow(model, coupling, kept))
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm], ids=["parametrized", "by hooks"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_the_length_of_a_normed_weight_makes_up_for_what_its_direction_loses(wrap, dim):
+    layers = nn.Conv2d(3, 8, 3), wrap(nn.Conv2d(8, 8, 3), dim=dim), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 3, 1)
+    model = nn.Sequential(*layers).eval()  # in float32, where the new length is rounded
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        (model[1].weight_g if "weight_g" in model[1]._parameters else model[1].parametrizations.weight.original0).mul_(
+            3
+        )
+        model(x)  # without gradients: a weight of the older kind can only be copied then
+    coupling = couple(model, x)
+    assert [group.name for group in coupling.groups] == ["0 channels", "1 channels", "3 channels"]
+    kept = {"0 channels": [1, 4, 6, 7], "1 channels": [0, 3, 5]}
+    narrowed = narrow(model, coupling, kept, form="module")
+    assert narrowed.error < 1e-10
+    small = narrowed.module
+    assert Narrowing.from_json(json.loads(json.dumps(narrowed.narrowing.to_json()))) == narrowed.narrowing
+    with torch.no_grad():
+        small(x)
+        whole = model[1].weight[[0, 3, 5]][:, [1, 4, 6, 7]]
+        assert torch.allclose(small[1].weight, whole, rtol=1e-5, atol=1e-7)
+    for before, after in zip(model[1].parameters(), small[1].parameters(), strict=True):
+        assert after.ndim == before.ndim, "it is trained on as a length and a direction"
+    small(x).square().mean().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    with torch.no_grad():  # the narrowing is data: applied to other values, it lengthens by those
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+        model(x)
+        other = narrowed.narrowing.apply(model)
+        other(x)
+        assert torch.allclose(other[1].weight, model[1].weight[[0, 3, 5]][:, [1, 4, 6, 7]], rtol=1e-5, atol=1e-7)
+
+
+def test_a_length_that_something_else_reads_stays_and_with_it_the_inputs():
+    model = randomised(
+        Net(
+            lambda s, x: s.c(s.b(s.a(x))) * s.b.parametrizations.weight.original0.sum(),
+            a=nn.Conv2d(3, 8, 3),
+            b=parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+            c=nn.Conv2d(8, 3, 1),
+        )
+    )
+    coupling = couple(model, example(IMAGE))
+    assert "a channels" not in [group.name for group in coupling.groups]
+    assert narrow(model, coupling, some(coupling)).error < 1e-10
 
 
 def test_a_rank_inside_a_weight_can_go_and_so_can_features_of_computed_tokens():

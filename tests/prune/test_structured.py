@@ -928,12 +928,13 @@ class Standardised(nn.Conv2d):
         return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
-@pytest.mark.parametrize("kind", ["own forward", "transposed"])
+@pytest.mark.parametrize("kind", ["own forward", "transposed", "weight norm"])
 def test_layers_that_are_no_plain_ones_are_narrowed_and_keep_their_weights(kind):
     model = make(Wide)
     layers = {
         "own forward": lambda: Doubling(24, 32, 3, padding=1),
         "transposed": lambda: nn.ConvTranspose2d(24, 32, 3, padding=1),
+        "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(24, 32, 3, padding=1)),
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -948,7 +949,15 @@ def test_layers_that_are_no_plain_ones_are_narrowed_and_keep_their_weights(kind)
     assert off(model, compressed) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["standardised", "weight norm", "spectral norm"])
+def test_what_is_confined_behind_what_is_refitted_stays_as_it_is():
+    model, task = make(Wide), task_of(make(Wide), 64)
+    masked = fw.compress(model, prune.Magnitude(sparsity=0.5, ignore=("one", "two", "head")), task=task).model
+    compressed = fw.compress(masked, prune.Channels(ratio={"one *": 0.5}), task=task).model
+    assert not torch.equal(compressed.two.bias, masked.two.bias)
+    assert torch.equal(compressed.hidden.weight, masked.hidden.weight)
+
+
+@pytest.mark.parametrize("kind", ["standardised", "spectral norm"])
 def test_what_a_layer_reads_stays_where_its_weights_would_change_without_it(kind):
     model = make(Wide)
     plain = nn.Conv2d(24, 32, 3, padding=1)
@@ -957,8 +966,6 @@ def test_what_a_layer_reads_stays_where_its_weights_would_change_without_it(kind
         match kind:
             case "standardised":
                 model.two = Standardised(24, 32, 3, padding=1)
-            case "weight norm":
-                model.two = nn.utils.parametrizations.weight_norm(plain)
             case "spectral norm":
                 model.two = nn.utils.parametrizations.spectral_norm(plain)
     compressed = fw.compress(model, prune.Channels(ratio=0.5, score="l2"), task=task_of(model, 64))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from featherweight.graph.rules.call import Axes, Axis, Call, Unsupported, Value, rule
+from torch import fx
+
+from featherweight.graph.rules.call import Axes, Axis, Call, Unsupported, Value, arguments, operation_of, rule
 from featherweight.graph.rules.shapes import concatenated
 
 _KERNEL = "the extent of a kernel"
@@ -149,14 +151,31 @@ def response_norm(call: Call) -> Value:
 
 @rule("_weight_norm")
 def weight_norm(call: Call) -> Value:
-    """g · v / ‖v‖, the norm over all dimensions but one."""
+    """g · v / ‖v‖, the norm over all dimensions but one, or over all; g can make up for what v loses."""
     v, g, kept = call.axes("v"), call.axes("g"), call["dim"]
-    for d, (one, two) in enumerate(zip(v, g, strict=True)):
-        if d == kept or len(two) == len(one):
-            call.join(one, two)
-        else:
+    for d, one in enumerate(v):
+        if g and (d == kept or len(g[d]) == len(one)):
+            call.join(one, g[d])
+        elif lengthened(call.node) is None:
             call.sums(one)
     return v
+
+
+def lengthened(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Of a weight norm of parameters v and g, of which only such norms of the same v read g, v and g; None elsewhere.
+
+    ‖v‖ falls where slices of v go; g times what is left of it leaves the weights that stay as they are.
+    """
+    if node.op != "call_function" or operation_of(node) != "_weight_norm":
+        return None
+    v, g = (arguments(node)[name] for name in ("v", "g"))
+    if v.op != "get_attr" or g.op != "get_attr":
+        return None
+    alone = all(
+        user.op == "call_function" and operation_of(user) == "_weight_norm" and arguments(user)["v"] is v
+        for user in g.users
+    )
+    return (v, g) if alone else None
 
 
 @rule(
