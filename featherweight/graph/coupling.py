@@ -64,8 +64,8 @@ class Group:
     Attributes:
         name: readable and stable: the layer that makes the units, and their kind.
         kind: "channels" (convolutions), "neurons" (linear and recurrent layers), "features" (only embeddings or bare
-            parameters make them), "heads", "head dims", "blocks" (outer part of another view) or "slots" (its inner
-            part).
+            parameters make them), "heads", or "head dims": one place in the width of every head. Of a dimension that
+            is seen otherwise as so many parts of a length, "blocks" are the parts, and "slots" one place in every part.
         size: how many units there are.
         granularity: how many indices of the dimension that makes them go with one unit: 1 for plain channels, the
             head's

@@ -12,8 +12,8 @@ from featherweight.prune.structured import Structured
 class Channels(Structured):
     """Remove channels of convolutions, hidden units of Linear layers, features of a residual stream, and heads.
 
-    Whatever goes together goes together: a channel of a residual stream in all its blocks, a slot in every group of a
-    grouped convolution, an attention head in queries, keys and values.
+    Whatever goes together goes together: a channel of a residual stream in all its blocks, one channel of every group
+    of a grouped convolution, an attention head in queries, keys and values.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("channels", "neurons", "features", "heads", "blocks")
