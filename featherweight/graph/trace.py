@@ -262,6 +262,7 @@ def quiet() -> Iterator[None]:
     said = {
         "torch._subclasses.fake_tensor": "failed while attempting to run meta",
         "torch._guards": "",  # every attempt that fails, which is noted
+        "torch.fx.experimental.symbolic_shapes": "Unable to find user code",  # the refusal says where
     }
     filters = [(logging.getLogger(name), partial(_other_than, part)) for name, part in said.items()]
     for logger, wanted in filters:

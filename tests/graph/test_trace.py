@@ -112,3 +112,14 @@ def test_frozen_and_tied_parameters_and_the_meta_device():
         narrowed = narrow(tied, coupling, {coupling.groups[0].name: range(5)}, form=form).module
         assert narrowed.get_parameter("b.0.weight") is narrowed.get_parameter("c.0.weight")
         assert [n for n, _ in narrowed.named_parameters()] == [n for n, _ in tied.named_parameters()]
+
+
+def test_a_capture_that_fails_logs_nothing_beside_the_refusal(caplog):
+    class Branching(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            return -x if x.sum() > 0 else x
+
+    with pytest.raises(GraphError, match="its code branches on the values"):
+        capture(Branching(4, 4), torch.randn(2, 4))
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
