@@ -9,9 +9,10 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, Protocol, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from featherweight.constant import moved, norms_behind, with_bias, without_bias
@@ -21,7 +22,7 @@ from featherweight.cost.count import MODEL, LayerCall, price
 from featherweight.curvature.gram import Statistics, gather_paired
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Edit, Leave, Replace, remade
-from featherweight.errors import RecipeError, TaskError, did_you_mean
+from featherweight.errors import BudgetError, RecipeError, TaskError, did_you_mean, first_few
 from featherweight.forms import Constraint, Form, Layer, attention_of, is_layer, layer_at
 from featherweight.layers import layer_names, nearest, obstacles, unmatched, weighted_layers
 from featherweight.ledger import Choice, Point, Snapshot
@@ -34,6 +35,7 @@ from featherweight.search.greedy import Greedy
 from featherweight.search.optimal import Optimal, check
 from featherweight.search.options import Choosing, Option, Plan, Selector, Table
 from featherweight.search.replay import Replay
+from featherweight.search.timed import Stopwatch, Timed, largest, told
 from featherweight.settings import made
 from featherweight.snapshot import repriced
 from featherweight.step import Step
@@ -240,6 +242,8 @@ class Layerwise(Step):
             self._ordered(self.plan, bench, bench.prices)
         elif self.budget is not None:
             check(bench.prices, self.budget)
+            if self.budget.latency is not None:
+                Stopwatch.of(study, self.budget)  # which runs the original
 
     def planned(self, study: Study, before: Snapshot) -> Snapshot:
         bench = self._bench(study)
@@ -269,7 +273,42 @@ class Layerwise(Step):
                 else:
                     picked |= {name: option.form} if option and option.form else {}
             return Choosing(Plan(self.name, picked), "manual", self.metric)
+        if self.budget.latency is not None:
+            return self._in_time(self.budget, bench)
         return self.selector.choose(table, self.budget, bench, self.name)
+
+    def _in_time(self, budget: Budget, bench: Bench) -> Choosing:
+        """The selector's plan for the largest share of the MACs whose network is measured to keep to a latency.
+
+        Raises:
+            BudgetError: there is none, or the score falls further at it than the budget allows.
+        """
+        table, watch = bench.table, Stopwatch.of(bench.study, budget)
+        if not table.options or not table.start.macs:
+            reasons = [f"{name}: {reason}" for name, reason in bench.left.items()]
+            why = f" ({first_few(reasons)})" if reasons else ""
+            raise BudgetError(f"{budget} cannot be met: {self.name} finds nothing to make faster{why}")
+        start, now = table.start.metric("macs"), table.now.metric("macs")
+        most = [1.0, now / start * (1 + 1e-9)]  # a little more, so that rounding leaves layers alone
+        if "macs" in budget.costs():
+            most.append(budget.limits({m: table.start.metric(m) for m in budget.costs()})["macs"] / start)
+
+        @cache
+        def chosen(share: float, drop: float | None = None) -> Choosing:
+            under = replace(budget, latency=None, runtime=None, macs=share, drop=drop)
+            return self.selector.choose(table, under, bench, self.name)
+
+        def probe(share: float) -> Timed:
+            plan = chosen(share).plan
+            return watch.time(share, repr(plan), lambda: bench.shaped(plan))
+
+        timed = largest(budget, probe, self.selector.cheapest(table, "macs") * (1 + 1e-9), min(most))
+        share = timed[-1].share
+        try:
+            choosing = chosen(share, budget.drop)
+        except BudgetError as error:
+            raise BudgetError(f"{budget}: that latency takes {share:.3g} of the original's MACs; {error}") from error
+        return replace(choosing, notes=(*choosing.notes, told(budget, timed)))
 
     def _ordered(self, plan: Plan, bench: Bench, table: Table) -> Plan:
         """The plan's layers in calling order, each of them found in the table."""
@@ -403,7 +442,7 @@ class Bench:
     @property
     def metrics(self) -> list[str]:
         """The costs that count here."""
-        return list(self.step.budget.costs() if self.step.budget else ()) or [self.step.metric]
+        return (self.step.budget.metrics if self.step.budget else []) or [self.step.metric]
 
     # Trials, as selectors ask for them ------------------------------------------------------------------------------
 
@@ -418,6 +457,17 @@ class Bench:
         for edit in self.carry_out(plan, trial, train=False):
             edit.apply(trial)
         return self.study.scorer(trial)
+
+    def shaped(self, plan: Plan) -> nn.Module:
+        """A copy of the network in the forms of a plan, with any values: for its time alone."""
+        trial, generator = copy.deepcopy(self.study.original), torch.Generator().manual_seed(0)
+        for name, form in plan.layers.items():
+            Replace(name, form).apply(trial)
+            for parameter in trial.get_submodule(name).parameters():
+                # Of their usual size: numbers too small for the processor's fast path would take longer.
+                values = torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5
+                parameter.data.copy_(values)
+        return trial
 
     def score_alone(self, option: Option) -> float:
         """The score of the network with one layer changed; asked once, and kept on disk where the study has a store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -105,3 +106,11 @@ def backends() -> tuple[Backend, ...]:
         Backend(name, {p: installed(p) for p in packages}, f"pip install 'featherweight[{extra}]'")
         for name, (extra, packages) in _BACKENDS.items()
     )
+
+
+def missing(extra: str) -> str | None:
+    """What of an extra's packages is not installed here and how to get it; None where all of them are."""
+    packages = next(packages for name, packages in _BACKENDS.values() if name == extra)
+    if absent := [package for package in packages if importlib.util.find_spec(package) is None]:
+        return f"{' and '.join(absent)}, not installed here: pip install 'featherweight[{extra}]'"
+    return None

@@ -39,6 +39,7 @@ from featherweight.errors import (
     did_you_mean,
 )
 from featherweight.export.program import draft
+from featherweight.export.worth import beside
 from featherweight.files import read_text
 from featherweight.ledger import Entry, Ledger, machine
 from featherweight.score import Scorer
@@ -304,7 +305,7 @@ class _Run:
             store = str(self.folder / "evaluations.sqlite")
         reference = copy.deepcopy(self.model)
         study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store, given=self.original)
-        study.made = tuple(self.edits)
+        study.made, study.beside = tuple(self.edits), beside
         study.__dict__["profile"] = self.profile
         return study
 

@@ -144,7 +144,8 @@ def sensitivity(
         raise RecipeError([f"activation_bits is {activation_bits}, and {step.name} rounds none: ask quantize.Static"])
     # Any budget: the table is what a selector would read under it.
     unset: dict[str, Any] = {name: None for name in step.ways() if name not in ("budget", "select")}
-    step = replace(step, **unset, budget=Budget(**{step.metric: 1.0}), select="optimal")
+    whole: dict[str, Any] = {step.metric: 1.0}
+    step = replace(step, **unset, budget=Budget(**whole), select="optimal")
     if problems := [*task.problems(model), *step.problems(model, task)]:
         raise RecipeError(problems)
     model = working_copy(model)

@@ -13,6 +13,7 @@ from torch import nn
 
 from featherweight.edits import Edit
 from featherweight.ledger import Snapshot
+from featherweight.machine import missing
 from featherweight.search.budget import Budget
 from featherweight.settings import made, mistyped
 from featherweight.study import Study
@@ -66,7 +67,14 @@ class Step(ABC):
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         """All that keeps the step from running on this model, a sentence each; looked at before anything slow."""
-        return mistyped(self)
+        found, budget = mistyped(self), getattr(self, "budget", None)
+        if found or not isinstance(budget, Budget) or budget.latency is None:
+            return found
+        if self.stage is not Stage.SHAPE:
+            why = "it leaves all shapes as they are, and these runtimes take as long over any values"
+            return [f"a latency is no limit for it: {why}; use factorize or prune.Channels, or quantize.Static"]
+        lacks = missing(budget.runtime) if budget.runtime in ("onnx", "openvino") else None
+        return [] if lacks is None else [f"the latency cannot be measured in {budget.runtime}, which needs {lacks}"]
 
     def check(self, study: Study) -> None:  # noqa: B027 - most steps have nothing to look at
         """Look at what is only known of the model as it is when the step begins, before anything slow.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from featherweight.batch import mode
+from featherweight.batch import Inputs, mode
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
+from featherweight.cost.latency import Latency
 from featherweight.curvature.gram import Statistics, classifier_loss, gather, my_share, regression_loss
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.curvature.products import apart, multiplied
@@ -21,6 +22,10 @@ from featherweight.edits import Edit
 from featherweight.forms import Layer, attention_of
 from featherweight.score import Scorer, class_dimension
 from featherweight.task import Task
+
+# Of a network, an example and a runtime: a function that times another network there, in turn with this one, and gives
+# the other's latency and this one's.
+Beside: TypeAlias = Callable[[nn.Module, Inputs, str], Callable[[nn.Module], tuple[Latency, Latency]]]
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Study:
         given: the network that the recipe was given, the caller's own: to be copied, never to be run or changed.
         trained: whether the step has changed values that no edit tells of, as training does.
         made: the edits of earlier steps, which a file of the model begins with.
+        beside: times networks in a runtime, for limits of latency; None where there are none.
     """
 
     model: nn.Module
@@ -56,6 +62,7 @@ class Study:
     given: nn.Module | None = None
     trained: bool = False
     made: tuple[Edit, ...] = ()
+    beside: Beside | None = None
 
     def again(self) -> Study:
         """A study of the model as it has become, for a step that works in rounds; notes and findings go on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,15 @@ import torch
 from torch import nn
 
 from featherweight.batch import Inputs
-from featherweight.cost.latency import measure
+from featherweight.cost.latency import Latency, measure, torch_run
 from featherweight.errors import ExportError
+from featherweight.export import onnx, openvino
 from featherweight.export.executorch import ExecuTorchModel
 from featherweight.export.fused import in_executorch, in_onnxruntime, in_openvino
 from featherweight.export.onnx import OnnxModel
 from featherweight.export.openvino import OpenVINOModel
+from featherweight.export.program import capture
+from featherweight.export.quantized import marked
 from featherweight.export.verify import export
 from featherweight.ledger import Check
 from featherweight.machine import processor
@@ -28,6 +32,10 @@ _PACKAGES = {
     "openvino": ("onnx", "onnxscript", "openvino"),
     "executorch": ("executorch", "torchao"),
 }
+
+
+# After so many seconds of timing one network beside another no further calls are timed.
+BESIDE_SECONDS = 10.0
 
 
 def available() -> tuple[str, ...]:
@@ -94,3 +102,45 @@ def measured(check: Check, original: nn.Module, path: Path, example: Inputs, rep
         bfloat16_ms=taken.get("bfloat16"),
         notes=tuple(notes),
     )
+
+
+def beside(original: nn.Module, example: Inputs, runtime: str) -> Callable[[nn.Module], tuple[Latency, Latency]]:
+    """A function that times a network in a runtime, in turn with the original there: its latency, and the original's.
+
+    Values do not matter to it: no answers are compared. On one thread it is the processor's time that counts, which on
+    a quiet machine is the clock's, and leaves out what others do there meanwhile.
+
+    Args:
+        original: what to time beside.
+        example: inputs of one call.
+        runtime: ``onnx``, ``openvino`` or ``torch``, on as many threads as PyTorch uses.
+
+    Raises:
+        ExportError: a network cannot be exported or run there, or the runtime is missing.
+    """
+    first = _called(original, example, runtime)
+
+    def timed(model: nn.Module) -> tuple[Latency, Latency]:
+        runs = {"model": _called(model, example, runtime), "original": first}
+        with torch.no_grad():
+            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+            taken = measure(runs, seconds=BESIDE_SECONDS, clock=clock)
+        return taken["model"], taken["original"]
+
+    return timed
+
+
+def _called(model: nn.Module, example: Inputs, runtime: str) -> Callable[[], object]:
+    """A call of a model in a runtime, for inputs of the example's shapes."""
+    if runtime == "torch":
+        return torch_run(model, example)
+    inputs = example.on(model)
+    plain, marks = marked(model)
+    program = capture(plain, inputs, dynamic_batch=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file_name(runtime)
+        if runtime == "onnx":
+            onnx.write(program, path, marks=marks)
+            return partial(inputs.into, OnnxModel(path))
+        openvino.write(program, path, marks=marks)
+        return partial(inputs.into, OpenVINOModel(path))

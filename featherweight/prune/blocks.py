@@ -28,6 +28,7 @@ from featherweight.mend import MENDING_SAMPLES, finetune, reestimate_batch_norm
 from featherweight.progress import track
 from featherweight.score import Divergence
 from featherweight.search.budget import Budget
+from featherweight.search.timed import Stopwatch, Timed, missed, told
 from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task
@@ -66,7 +67,7 @@ class Blocks(Step):
         if (self.budget is None) == (self.count is None):
             found.append("give one of budget= and count=, which say how much to keep or how many blocks to remove")
         if self.budget is not None and self.budget.drop is not None:
-            found.append("a drop is no limit that blocks can be chosen by yet: give macs, params, bytes or energy")
+            found.append("a drop is no limit that blocks can be chosen by yet: give a cost or a latency")
         if self.count is not None and self.count < 1:
             found.append(f"count is {self.count}: at least one block goes")
         if self.epochs and task.train is None:
@@ -107,17 +108,29 @@ class Blocks(Step):
             BudgetError: it cannot be met.
         """
         limits = {} if self.budget is None else self.budget.limits({m: study.start.metric(m) for m in METRICS})
+        budget = self.budget if self.budget is not None and self.budget.latency is not None else None
+        watch, timed = None if budget is None else Stopwatch.of(study, budget), list[Timed]()
         metric = next(iter(limits), "macs")
         going = _Going(study, able, metric, self.samples)
 
-        def done() -> bool:
+        def met() -> bool:
             if self.count is not None:
                 return len(going.removed) >= self.count
-            return all(going.cost.metric(m) <= limit for m, limit in limits.items())
+            if any(going.cost.metric(m) > limit for m, limit in limits.items()):
+                return False
+            if budget is None or watch is None:
+                return True
+            share = going.cost.metric("macs") / (study.start.metric("macs") or 1.0)
+            timed.append(watch.time(share, repr(going.removed), lambda: made(study.original, going.removed)))
+            return timed[-1].used(budget) <= 1
 
-        while not done() and (name := going.next()) is not None:
+        while not (done := met()) and (name := going.next()) is not None:
             going.remove(name)
-        if not done() and self.count is None:
+        if budget is not None and timed:
+            if not done:
+                raise missed(budget, timed)
+            study.notes.append(told(budget, tuple(timed)))
+        if not done and self.count is None:
             metric = next(m for m, limit in limits.items() if going.cost.metric(m) > limit)
             raise BudgetError(
                 f"{self.budget} cannot be met by removing blocks: without any of them {metric} still come to "
@@ -126,7 +139,7 @@ class Blocks(Step):
         used = max((going.cost.metric(m) / limit for m, limit in limits.items()), default=1.0)
         if used < 0.99:
             study.notes.append(f"the cost came to {used:.3f} of the limit: blocks go as wholes")
-        if not done():
+        if not done:
             study.notes.append(f"only {len(going.removed)} blocks could be removed")
         kept = Point("as it is", 1.0, 0.0)
         choices = {}

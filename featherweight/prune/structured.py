@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -65,6 +65,7 @@ from featherweight.prune.units import bills, columns, joint, members, reader, sl
 from featherweight.score import Divergence
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import rounded_up
+from featherweight.search.timed import Stopwatch, Timed, largest, told
 from featherweight.search.widths import Bill, Curve, alike, between, filled, least_loss, nearest, ranked, ranked_within
 from featherweight.snapshot import of_profile
 from featherweight.step import Stage, Step
@@ -112,8 +113,8 @@ class Structured(Step):
     """Remove whole slices that go together, so that the network really shrinks.
 
     Attributes:
-        budget: what the whole network may cost (``macs``, ``params`` or ``bytes``), in shares of what the recipe was
-            given; widths are then chosen.
+        budget: what the whole network may cost (``macs``, ``params``, ``bytes`` or ``latency``), in shares of what the
+            recipe was given; widths are then chosen.
         ratio: the share of every group's units to remove, 0 up to 1, instead of a budget; per group where it is a
             mapping from patterns.
         score: what decides which units stay: ``"loss"``, the predicted rise of the loss once the layers that read a
@@ -196,9 +197,11 @@ class Structured(Step):
         if self.threshold is not None and self.rounds > 1:
             found.append("rounds need a budget or a ratio to go towards; a threshold is met at once")
         if self.budget is not None:
-            if self.budget.drop is not None and self.rounds < 2:
+            if self.budget.latency is not None and (self.rounds > 1 or self.budget.drop is not None):
+                found.append("a latency is met at once, in no rounds, which a drop would end: give macs, or it alone")
+            elif self.budget.drop is not None and self.rounds < 2:
                 found.append("a drop ends rounds of pruning, and is no limit that widths can be chosen by: give rounds")
-            if not self.budget.costs():
+            if not self.budget.costs() and self.budget.latency is None:
                 found.append("the budget has no cost: give macs, params or bytes beside the drop")
             if unknown := [metric for metric in self.budget.costs() if metric not in METRICS]:
                 found.append(f"{unknown[0]} is no cost that widths can be chosen by: use {', '.join(METRICS)}")
@@ -269,6 +272,8 @@ class Structured(Step):
             raise RecipeError([f"{self.name}: the pattern {p!r} matches none of the groups, {known}" for p in wrong])
         if self.budget is not None:
             work.check(self.budget.limits(_metrics(study.start)))
+            if self.budget.latency is not None:
+                Stopwatch.of(study, self.budget)  # which runs the original
 
     def planned(self, study: Study, before: Snapshot) -> Snapshot:
         self.check(study)
@@ -367,7 +372,8 @@ class Structured(Step):
         before, after = (self._gone(n) for n in (number - 1, number))
         if self.budget is not None:
             ends = self.budget.limits(start)
-            limits = {m: max(2.0, whole[m] - after * max(whole[m] - end, 0.0)) for m, end in ends.items()}
+            limits: dict[str, Any] = {}  # as a budget takes them
+            limits |= {m: max(2.0, whole[m] - after * max(whole[m] - end, 0.0)) for m, end in ends.items()}
             return replace(self, budget=Budget(**limits), rounds=1)
 
         def part(ratio: float) -> float:
@@ -491,6 +497,8 @@ class _Work:
             reasons = [f"{name}: {reason}" for name, reason in self.left.items()]
             why = f"{self.step.name} finds nothing to remove" + (f" ({first_few(reasons)})" if reasons else "")
             advice = "ask for more, or use another step"
+            if self.step.budget is not None and self.step.budget.latency is not None:
+                raise BudgetError(f"{self.step.budget} cannot be met: {why}; {advice}")
         for metric, limit in limits.items():
             if cost[metric] > limit:
                 raise BudgetError(
@@ -506,7 +514,7 @@ class _Work:
         """The units that stay, of the groups that lose some."""
         step = self.step
         if step.budget is not None:
-            widths = self._budgeted(step.budget.limits(_metrics(self.study.start)))
+            widths = self._budgeted(step.budget)
         else:
             widths = {group.name: group.size for group in self.groups}
             for group in self.groups:
@@ -522,31 +530,72 @@ class _Work:
     def _narrowed(self, widths: Mapping[str, int]) -> list[Group]:
         return [group for group in self.groups if widths[group.name] < group.size]
 
-    def _budgeted(self, limits: Mapping[str, float]) -> dict[str, int]:
-        """Widths under the limits: by the selector asked for, or of several the one that is measured to lose least.
+    def _budgeted(self, budget: Budget) -> dict[str, int]:
+        """Widths under the budget: by the selector asked for, or of several the one that is measured to lose least.
 
         What groups lose is predicted one by one, and does not add up when the layers behind make good for all of them
         together; how far to trust the differences between groups is therefore tried out.
         """
         if self.step.select != "measured":
-            return self._noted(self._within(limits, self.step.select), limits)
-        tried: dict[str, dict[str, int]] = {}
-        for name in MEASURED:
-            if (widths := self._within(limits, name)) not in tried.values():
-                tried[name] = widths
-        if len(tried) == 1 or not self.study.task.has_calibration or not self.readers:
-            return self._noted(next(iter(tried.values())), limits)
-        lost = {name: self._measured(tried[name]) for name in track(list(tried), "trying out widths")}
+            return self._noted(self._found(budget, self.step.select))
+        able = self.study.task.has_calibration and bool(self.readers)
+        tried: dict[str, _Found] = {}
+        for name in MEASURED if able else list(MEASURED)[:1]:
+            found = self._found(budget, name, next(reversed(tried.values()), None))
+            if all(found.widths != other.widths for other in tried.values()):
+                tried[name] = found
+        if len(tried) == 1:
+            return self._noted(next(iter(tried.values())))
+        lost = {name: self._measured(tried[name].widths) for name in track(list(tried), "trying out widths")}
         best = min(lost, key=lambda name: lost[name])
         said = ", ".join(f"{name} {loss:.3g}" for name, loss in lost.items())
         self.study.notes.append(f"widths were chosen by measured divergence: {said}")
-        return self._noted(tried[best], limits)
+        return self._noted(tried[best])
 
-    def _noted(self, widths: dict[str, int], limits: Mapping[str, float]) -> dict[str, int]:
-        """The widths, with a note where they leave much of the limit unused."""
-        if self._narrowed(widths) and (used := self._used(widths, limits)) < 1 - SLACK:
+    def _noted(self, found: _Found) -> dict[str, int]:
+        """The widths, with a note where they leave much of the limit unused, and of what was timed."""
+        if self._narrowed(found.widths) and (used := self._used(found.widths, found.limits)) < 1 - SLACK:
             self.study.notes.append(f"the cost came to {used:.3f} of the limit: no group fits that is a step wider")
-        return widths
+        if found.timed and self.step.budget is not None:
+            self.study.notes.append(told(self.step.budget, found.timed))
+        return found.widths
+
+    def _found(self, budget: Budget, select: str, like: _Found | None = None) -> _Found:
+        """Widths under the budget, by one selector.
+
+        With a latency in it they are those for the largest share of the MACs whose network is measured to keep to it.
+
+        Args:
+            like: what another selector has found.
+        """
+        limits = budget.limits(_metrics(self.study.start))
+        if budget.latency is None:
+            return _Found(self._within(limits, select), limits)
+        start, watch = self.study.start.metric("macs"), Stopwatch.of(self.study, budget)
+        whole = {group.name: group.size for group in self.groups}
+        narrowest = {group.name: self.widths(group)[0] for group in self.groups}
+        least, most = (self._true(widths)["macs"] / start * (1 + 1e-9) for widths in (narrowest, whole))
+        most = min([most, *([limits["macs"] / start] if "macs" in limits else [])])
+
+        @cache
+        def widths(share: float) -> dict[str, int]:
+            try:
+                return self._within({**limits, "macs": share * start}, select)
+            except BudgetError:  # its estimates miss what only the narrowest meet
+                return narrowest
+
+        def probe(share: float) -> Timed:
+            chosen = widths(share)
+            return watch.time(share, tuple(chosen.items()), lambda: self._shaped(chosen))
+
+        timed = largest(budget, probe, least, most, like.timed[-1].share if like is not None else None)
+        share = timed[-1].share
+        return _Found(widths(share), {**limits, "macs": share * start}, timed)
+
+    def _shaped(self, widths: Mapping[str, int]) -> nn.Module:
+        """The network at these widths, whichever units stay: for its time alone."""
+        kept = {group.name: range(widths[group.name]) for group in self._narrowed(widths)}
+        return narrow(self.study.original, self.coupling, kept, check=False).module if kept else self.study.original
 
     def _used(self, widths: Mapping[str, int], limits: Mapping[str, float]) -> float:
         """What the network truly costs at these widths, as a share of the nearest limit."""
@@ -1044,7 +1093,7 @@ class _Work:
     @property
     def metric(self) -> str:
         """The cost that points are shares of."""
-        return next(iter(self.step.budget.costs())) if self.step.budget is not None else "macs"
+        return self.step.budget.metrics[0] if self.step.budget is not None else "macs"
 
     @cached_property
     def _bill(self) -> Bill:
@@ -1076,6 +1125,21 @@ class _Work:
             width = len(np.unique(site.units[np.isin(site.indices, left)]))
             choices[group.name] = Choice(self._point(group, width))
         return choices
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Widths that one selector has found.
+
+    Attributes:
+        widths: of every group.
+        limits: the costs that they were chosen under, by metric.
+        timed: what was measured for a limit of latency, that of these widths last.
+    """
+
+    widths: dict[str, int]
+    limits: Mapping[str, float]
+    timed: tuple[Timed, ...] = ()
 
 
 class _Beside:

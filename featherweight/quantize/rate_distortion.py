@@ -47,7 +47,6 @@ from featherweight.mend import corrected_bias, fold_batch_norms
 from featherweight.progress import track
 from featherweight.search.budget import Budget
 from featherweight.search.optimal import rounded_up
-from featherweight.settings import mistyped
 from featherweight.step import Stage, Step
 from featherweight.study import Study
 from featherweight.task import Task
@@ -114,7 +113,7 @@ class RateDistortion(Step):
 
     def problems(self, model: nn.Module, task: Task) -> list[str]:
         """What is wrong with the settings for this model and task."""
-        found = mistyped(self)
+        found = super().problems(model, task)
         if found:
             return found
         if (self.budget is None) == (self.coarseness is None):

@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 class Greedy:
     """Measure every layer's score at some shares of its cost, and lower all layers to one common score.
 
-    Takes exactly one cost limit.
+    Takes exactly one cost limit; a latency, for which MACs stand, is one.
 
     Attributes:
         candidates: shares of a layer's cost are multiples of 1/candidates; the layer as it is, is the last of them.
@@ -53,7 +53,7 @@ class Greedy:
 
     def problems(self, budget: Budget) -> list[str]:
         """All that keeps it from choosing under this budget, a sentence each."""
-        if len(budget.costs()) == 1 and budget.drop is None:
+        if len(budget.metrics) == 1 and budget.drop is None:
             return []
         one = f"greedy takes exactly one cost limit, and the budget is {budget}"
         return [f"{one}: choose with 'optimal', which takes several and a drop"]
@@ -70,8 +70,7 @@ class Greedy:
         limit = budget.limits({metric: table.start.metric(metric)})[metric]
         if table.now.metric(metric) <= limit:
             return Choosing(Plan(step), "greedy", metric, notes=(f"{metric} is within the limit as it is",))
-        every = [_Curve.of(options, metric, self.candidates) for options in table.options.values()]
-        curves = [curve for curve in every if len(curve.options) > 1]
+        curves = self._curves(table, metric)
         room = limit - table.now.metric(metric) + sum(curve.whole for curve in curves)
         self._check(table, metric, limit, limit - room + sum(curve.whole * curve.shares[0] for curve in curves))
 
@@ -90,6 +89,15 @@ class Greedy:
             {c.layer: {str(c.options[i]): c.scores[i] for i in sorted(c.scores)} for c in curves},
             (*self._notes(table, curves, descent), *shortfall(table, plan, {metric: limit})),
         )
+
+    def cheapest(self, table: Table, metric: str) -> float:
+        """The least cost that it would choose, as a share of the start's: layers keep at least 1/candidates."""
+        saved = sum(curve.whole * (1 - float(curve.shares[0])) for curve in self._curves(table, metric))
+        return (table.now.metric(metric) - saved) / table.start.metric(metric)
+
+    def _curves(self, table: Table, metric: str) -> list[_Curve]:
+        every = [_Curve.of(options, metric, self.candidates) for options in table.options.values()]
+        return [curve for curve in every if len(curve.options) > 1]
 
     def _needed(self, curves: Sequence[_Curve], room: float) -> Iterator[tuple[_Curve, int]]:
         """What is to be measured next, until nothing is missing on either side of where any layer comes to rest.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,10 @@ class Optimal:
         """Nothing: it takes every budget there is."""
         return []
 
+    def cheapest(self, table: Table, metric: str) -> float:
+        """The least cost that it can choose, as a share of the start's."""
+        return cheapest_share(table, metric)
+
     def choose(self, table: Table, budget: Budget, trials: Trials, step: str) -> Choosing:
         """The plan.
 
@@ -90,7 +95,8 @@ class Optimal:
         for attempt in range(self.evaluations):
             # A plan that keeps to the drop moves the upper end of the bracket, one that does not the lower.
             share = (low + high) / 2
-            plan, _ = within(table, Budget(**{metric: min(1.0, share)}), step)
+            limit: dict[str, Any] = {metric: min(1.0, share)}
+            plan, _ = within(table, Budget(**limit), step)
             fell = trials.baseline - trials.score(plan)
             if fell <= drop:
                 best, best_share, best_drop, high = plan, share, fell, share

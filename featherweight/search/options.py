@@ -149,6 +149,9 @@ class Selector(Protocol):
     def problems(self, budget: Any) -> list[str]:
         """All that keeps the selector from choosing under this budget, a sentence each; needs no table."""
 
+    def cheapest(self, table: Table, metric: str) -> float:
+        """The least cost that it can choose, as a share of the start's."""
+
     def choose(self, table: Table, budget: Any, trials: Trials, step: str) -> Choosing:
         """The plan, and what it was chosen by."""
 

@@ -94,3 +94,38 @@ def test_a_budget_is_data():
     assert Budget(**budget.to_json()) == budget
     assert str(budget) == "macs ≤ 0.5, bytes ≤ 5 MB, drop ≤ 0.01"
     assert list(budget.costs()) == ["macs", "bytes"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "milliseconds"),
+    [(0.25, 2), (1.0, 8), ("4 ms", 4), ("0.5 s", 500), ("20us", 0.02), ("20 µs", 0.02), (None, float("inf"))],
+)
+def test_a_latency_is_a_share_or_has_a_unit(limit: Any, milliseconds: float):
+    assert Budget(latency=limit, macs=0.5).milliseconds(8.0) == pytest.approx(milliseconds)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"latency": 4}, "latency is 4: write a unit, such as '4 ms', or a share as"),
+        ({"latency": 0}, "latency is 0: a limit is greater than 0"),
+        ({"latency": "4"}, "latency is '4': write a number and a unit, such as '4 ms'"),
+        ({"latency": "4 MB"}, "latency is '4 MB': write a number and a unit, such as '4 ms'"),
+        ({"latency": True}, "latency is True, a bool: give a number or a string as '4 ms'"),
+        ({"latency": 0.5, "runtime": "tflite"}, "runtime is 'tflite': a latency is measured in onnx, openvino, torch"),
+        ({"macs": 0.5, "runtime": "onnx"}, "runtime is 'onnx', and there is no latency to measure in it"),
+        ({"runtime": "onnx"}, "the budget is empty"),
+    ],
+)
+def test_latencies_that_are_none(given: dict[str, Any], message: str):
+    with pytest.raises(BudgetError, match=message):
+        Budget(**given)
+
+
+def test_a_latency_is_no_cost_that_adds_up():
+    budget = Budget(latency="4 ms", params=0.5)
+    assert budget.runtime == "onnx"
+    assert Budget(**budget.to_json()) == budget
+    assert str(budget) == "params ≤ 0.5, latency ≤ 4 ms in onnx"
+    assert list(budget.costs()) == ["params"]
+    assert budget.metrics == ["params", "macs"]
