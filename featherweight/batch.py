@@ -200,19 +200,26 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+# Of every `plain_attention` that is not over, whether fused attention was on before the first.
+_PLAIN: list[bool] = []
+
+
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Run `nn.TransformerEncoder` and `nn.MultiheadAttention` by their ordinary operations.
 
     The fused inference kernel takes layers' dense weights past the layers, hides its work from counting, answers zeros
-    at padded positions, and has no counterpart in other runtimes; models are only comparable without it.
+    at padded positions, and has no counterpart in other runtimes; models are only comparable without it. It is switched
+    off for the whole process, and on again by the last that leaves: runs that wait for each other do not end in turn.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
+    _PLAIN.append(_PLAIN[0] if _PLAIN else torch.backends.mha.get_fastpath_enabled())
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        fused = _PLAIN.pop()
+        if not _PLAIN:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

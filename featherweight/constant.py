@@ -7,7 +7,6 @@ with b less in its running mean.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -22,16 +21,17 @@ from featherweight.batch import Inputs, mode, tensors_in
 from featherweight.forms import Layer, Masked, beneath, parametrized
 
 
-def norms_behind(model: nn.Module, layers: Collection[str], inputs: Inputs) -> dict[str, str]:
+def norms_behind(model: nn.Module, layers: Collection[str], inputs: Inputs, biased: bool = False) -> dict[str, str]:
     """The batch norm that takes a layer's answer and alone reads it, by the layer's name, as one run shows.
 
     Args:
         model: the network; it stays as it is.
-        layers: names of layers; of those that have a bias nothing is said, nor of attention's own weights.
+        layers: names of layers; of attention's own weights nothing is said.
         inputs: an example.
+        biased: whether to look behind layers that have a bias too.
     """
     modules = dict(model.named_modules())
-    wanted = {n: modules[n] for n in layers if n in modules and cast(Layer, modules[n]).bias is None}
+    wanted = {n: modules[n] for n in layers if n in modules and (biased or cast(Layer, modules[n]).bias is None)}
     norms = {n: m for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if not wanted or not norms:
         return {}
@@ -91,31 +91,33 @@ def turn(model: nn.Module, layers: Collection[str], inputs: Inputs) -> list[str]
 
     Args:
         model: the network.
-        layers: names of layers whose weights are their own; those with a bias stay, and those that are confined to
-            more than a mask.
+        layers: names of layers whose weights are their own; those that are confined to more than a mask stay.
         inputs: an example.
     Returns:
         Names of the layers that were turned.
     """
     found = []
-    for name, behind in norms_behind(model, layers, inputs).items():
+    for name, behind in norms_behind(model, layers, inputs, biased=True).items():
         layer, norm = cast(Layer, model.get_submodule(name)), cast(_BatchNorm, model.get_submodule(behind))
-        own = all(isinstance(c, Masked) for c in parametrized(layer).get("weight", ()))
+        held = parametrized(layer)
+        own = set(held) <= {"weight"} and all(isinstance(c, Masked) for each in held.values() for c in each)
         if not own or norm.weight is None or not bool((norm.weight < 0).any()):
             continue
         with torch.no_grad():
             signs = torch.where(norm.weight < 0, -1.0, 1.0)
             weight = beneath(layer, "weight")
             weight.mul_(signs.to(weight).reshape(-1, *(1 for _ in weight.shape[1:])))
-            for tensor in (norm.weight, cast(Tensor, norm.running_mean)):
-                tensor.mul_(signs.to(tensor))
+            for tensor in (layer.bias, norm.weight, cast(Tensor, norm.running_mean)):
+                if tensor is not None:
+                    tensor.mul_(signs.to(tensor))
         found.append(name)
     return found
 
 
 def with_bias(layer: Layer) -> Layer:
     """The layer itself with a bias of zeros: its tensors are the layer's own."""
-    made = copy.copy(layer)
+    made = type(layer).__new__(type(layer))  # what is parametrized cannot be copied by copy.copy
+    made.__dict__.update(layer.__dict__)
     zeros = layer.weight.new_zeros(layer.weight.shape[0])
     made.__dict__["_parameters"] = {**layer._parameters, "bias": nn.Parameter(zeros, requires_grad=False)}
     return made

@@ -316,8 +316,8 @@ def as_graph(model: nn.Module, inputs: Inputs) -> ModelGraph:
 
 
 UNFOLDED = (
-    "the batch norm behind it cannot be folded into it; ignore the layer in the earlier step, or round it there to "
-    "a grid with a scale for every output, or, for quantize.Static, give fold=False"
+    "the batch norm behind it cannot be folded into it; ignore the layer in the earlier step, or round it there by "
+    "quantize.Weights or its kin with a scale for every output, or, for quantize.Static, give fold=False"
 )
 
 
@@ -336,11 +336,6 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
             if form.axis is None or spread(factor).shape[form.axis] != len(factor):
                 raise EditError(
                     f"{name} lies on a grid of {form}, which does not let every output have its own scale: {UNFOLDED}"
-                )
-            if without_opposites(constraint, beneath(holder, leaf), spread(factor) < 0):
-                raise EditError(
-                    f"{name} lies on a grid of {form}, where not all values have opposites, and a batch norm turns its "
-                    f"sign: {UNFOLDED}"
                 )
             with torch.no_grad():
                 each = factor.abs().to(constraint.scale.dtype)
@@ -363,20 +358,6 @@ def _scale(graph: ModelGraph, name: str, factor: Tensor, spread: Callable[[Tenso
         stack[leaf].original = new
     else:
         setattr(holder, leaf, new)
-
-
-def without_opposites(made: Gridded, values: Tensor, turned: Tensor) -> bool:
-    """Whether a grid lacks the opposites of some of these values, where their sign is to be turned.
-
-    Args:
-        made: the grid.
-        values: any shape.
-        turned: where; broadcasts against the values.
-    """
-    if not made.form.symmetric or not bool(turned.any()):
-        return False
-    numbers = made.numbers(values)
-    return bool((((-numbers < made.form.low) | (-numbers > made.form.high)) & turned).any())
 
 
 def remade(model: nn.Module, layer: str, form: Form, values: Mapping[str, Tensor] | None = None) -> Replace | Constrain:

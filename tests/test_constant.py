@@ -47,11 +47,12 @@ def test_layers_are_turned_where_norms_are_negative_and_the_answers_stay():
             norm.weight.normal_(generator=torch.Generator().manual_seed(0))
     x, before = Normed.data(16), {k: v.clone() for k, v in model.state_dict().items()}
     right = model(x)
-    assert turn(model, ["first", "read", "again", "biased", "plain"], as_inputs(x[:1])) == ["first"]
+    assert turn(model, ["first", "read", "again", "biased", "plain"], as_inputs(x[:1])) == ["first", "biased"]
     torch.testing.assert_close(model(x), right)
     assert bool((model.norm.weight >= 0).all())
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"first.weight", "norm.weight", "norm.running_mean"}
+    turned = {"biased.weight", "biased.bias", "norm_of_biased.weight", "norm_of_biased.running_mean"}
+    assert changed == {"first.weight", "norm.weight", "norm.running_mean"} | turned
     assert turn(model, ["first"], as_inputs(x[:1])) == []
 
 

@@ -18,7 +18,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from featherweight.batch import Inputs, mode, plain_attention
+from featherweight.batch import Inputs, mode
 from featherweight.machine import free_memory
 
 
@@ -204,11 +204,8 @@ class Lockstep:
             calls: how often one run calls it.
         """
         limit = int(self._room // max(1.0, self._bytes_at(name)))
-        both = zip(self._original.at(name, calls, limit), self._changed.at(name, calls, limit), strict=True)
-        # Each puts back what it found, and the one that began first ends first: what both found is put back here.
-        with plain_attention():
-            for was, now in both:
-                yield from zip(was, now, strict=False)
+        for was, now in zip(self._original.at(name, calls, limit), self._changed.at(name, calls, limit), strict=True):
+            yield from zip(was, now, strict=False)
 
     def alone(self, name: str, calls: int = 1) -> Iterator[Reached]:
         """Call by call: what goes into a layer of the original, with its answer; the changed network does not run.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -204,7 +204,7 @@ class Structured(Step):
             if not self.budget.costs() and self.budget.latency is None:
                 found.append("the budget has no cost: give macs, params or bytes beside the drop")
             if unknown := [metric for metric in self.budget.costs() if metric not in METRICS]:
-                found.append(f"{unknown[0]} is no cost that widths can be chosen by: use {', '.join(METRICS)}")
+                found.append(f"{unknown[0]} is no cost to choose widths by: use {', '.join(METRICS)} or latency")
         for value in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]:
             if value is not None and not 0 <= value < 1:
                 found.append(f"ratio is {value}: it is the share of units to remove, from 0 up to but not 1")
@@ -311,11 +311,15 @@ class Structured(Step):
             # Of the two the first has the model as it becomes.
             now = study if number == 1 and self.penalty is None else study.again()
             step = self if self.rounds == 1 else self._round(number, whole, _metrics(study.start))
+            sizes = {} if first is None else {group.name: group.size for group in first.groups}
+            now.worked_out["round"] = _Round(sizes, *(self._gone(n) for n in (number - 1, number)))
+            noted = len(study.notes)
             work, kept, made = step._narrowed(now)
             first = first or work
             stays = work.whole(kept)
             earlier, left = left, {name: why for name, why in stays.items() if left is None or name in left}
             if made is None:
+                self._heard(study, number, noted)
                 continue
             work.check_batches(made.module)
             edit = Narrow(made.narrowing)
@@ -341,10 +345,17 @@ class Structured(Step):
             gone.append(work.coupling.kept(kept))
             norms = norms_over_kept(work.coupling, kept)
             kept_only = f"norms take their statistics over what was kept, not over zeros too: {first_few(norms)}"
-            study.notes += [said for said in ([kept_only] if norms else []) + [note] if said not in study.notes]
+            study.notes += [kept_only, note] if norms else [note]
+            self._heard(study, number, noted)
         if first is not None and self.rounds > 1:
             study.findings["choices"] = first.over_rounds(gone)
         yield from (Leave(name, reason) for name, reason in (left or {}).items())
+
+    def _heard(self, study: Study, number: int, noted: int) -> None:
+        """Say of what a round has noted which round it was, and nothing twice."""
+        if self.rounds > 1:
+            before = {note.partition(": ")[2] for note in study.notes[:noted]}
+            study.notes[noted:] = [f"round {number}: {note}" for note in study.notes[noted:] if note not in before]
 
     def _heal(self, study: Study, work: _Work, model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
         """Put the values of a narrowed model right, in place."""
@@ -369,19 +380,32 @@ class Structured(Step):
             whole: what the network cost before the first.
             start: what shares of the budget are of.
         """
-        before, after = (self._gone(n) for n in (number - 1, number))
-        if self.budget is not None:
-            ends = self.budget.limits(start)
-            limits: dict[str, Any] = {}  # as a budget takes them
-            limits |= {m: max(2.0, whole[m] - after * max(whole[m] - end, 0.0)) for m, end in ends.items()}
-            return replace(self, budget=Budget(**limits), rounds=1)
+        if self.budget is None:
+            return replace(self, rounds=1)
+        ends, after = self.budget.limits(start), self._gone(number)
+        limits: dict[str, Any] = {}  # as a budget takes them
+        limits |= {m: max(2.0, whole[m] - after * max(whole[m] - end, 0.0)) for m, end in ends.items()}
+        return replace(self, budget=Budget(**limits), rounds=1)
 
-        def part(ratio: float) -> float:
-            return 1 - (1 - ratio * after) / (1 - ratio * before)
 
-        assert self.ratio is not None
-        ratio = {p: part(r) for p, r in self.ratio.items()} if isinstance(self.ratio, Mapping) else part(self.ratio)
-        return replace(self, ratio=ratio, rounds=1)
+@dataclass(frozen=True)
+class _Round:
+    """One round of several: widths are shares of what they were before the first, or their rounding would add up.
+
+    Attributes:
+        sizes: how many units groups had then, by name; empty in the first round.
+        before: the share of what is to go in all rounds that has gone before this one.
+        after: the same after it.
+    """
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    before: float = 0.0
+    after: float = 1.0
+
+    def width(self, group: Group, ratio: float) -> float:
+        """How many units of a group are to stay after this round, where in the end a ratio of them is to have gone."""
+        size = self.sizes.get(group.name, group.size / (1 - ratio * self.before))  # some have fallen apart
+        return (1 - ratio * self.after) * size
 
 
 class _Work:
@@ -512,7 +536,7 @@ class _Work:
 
     def chosen(self) -> dict[str, tuple[int, ...]]:
         """The units that stay, of the groups that lose some."""
-        step = self.step
+        step, now = self.step, self.study.worked_out.get("round", _Round())
         if step.budget is not None:
             widths = self._budgeted(step.budget)
         else:
@@ -523,7 +547,7 @@ class _Work:
                     pairs = zip(curve.widths, curve.losses, strict=True)
                     widths[group.name] = next(n for n, loss in pairs if loss <= step.threshold or n == group.size)
                 elif ratio := for_layer(step.ratio, group.name, default=0.0):
-                    widths[group.name] = nearest(self.widths(group), (1 - ratio) * group.size)
+                    widths[group.name] = nearest(self.widths(group), now.width(group, ratio))
         self._record(widths)
         return {group.name: self._kept(group, widths[group.name]) for group in self._narrowed(widths)}
 

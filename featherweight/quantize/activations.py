@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -16,9 +16,9 @@ from featherweight.batch import mode, sketch, tensors_in
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
 from featherweight.errors import EditError, FeatherweightError
-from featherweight.forms import Grid, Rounded, Rounding, beneath, constraints_on, parametrized
+from featherweight.forms import Constrained, Grid, Rounded, Rounding, beneath, constraints_on, parametrized
 from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max, short
-from featherweight.graph import ModelGraph, foldable, put_on_edges, value_names, weight_of
+from featherweight.graph import ModelGraph, factor_of, foldable, put_on_edges, value_names, weight_of
 from featherweight.graph.rules import operation_of
 from featherweight.graph.rules.call import arguments
 from featherweight.graph.trace import attribute
@@ -510,6 +510,35 @@ def norms_of(graph: ModelGraph) -> tuple[list[str], dict[str, str]]:
     """Batch norms that can be folded, and those that cannot, with the reason."""
     able, left = foldable(graph)
     return able, {name: f"a batch norm that stays: {reason}" for name, reason in left.items()}
+
+
+def on_weight(graph: ModelGraph, norm: str) -> list[Constrained]:
+    """What the weight in front of a batch norm that can be folded is confined to."""
+    path, _, leaf = factor_of(graph, norm)[0].rpartition(".")
+    return constraints_on(graph.get_submodule(path), leaf)
+
+
+def told_apart(graph: ModelGraph, norms: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Batch norms that change no answer when they are folded, and those that would, with the reason.
+
+    A symmetric grid has no opposite of its lowest value, should a negative factor ask for it.
+    """
+    exact, left = [], {}
+    for norm in norms:
+        weight, factor, spread = factor_of(graph, norm)
+        path, _, leaf = weight.rpartition(".")
+        turned = spread(factor) < 0
+        for grid in on_weight(graph, norm):
+            if isinstance(grid, Gridded) and grid.form.symmetric and bool(turned.any()):
+                numbers = grid.numbers(beneath(graph.get_submodule(path), leaf))
+                if bool((((-numbers < grid.form.low) | (-numbers > grid.form.high)) & turned).any()):
+                    left[norm] = (
+                        "a batch norm that stays: a factor of it is negative, and the weight in front of it has the "
+                        "lowest value of its grid, which has no opposite; symmetric=False gives it one"
+                    )
+        if norm not in left:
+            exact.append(norm)
+    return exact, left
 
 
 def _readers(edge: Edge) -> Any:

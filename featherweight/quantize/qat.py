@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from featherweight.batch import mode, tensors_in
-from featherweight.edits import Edit, Fold, without_opposites
+from featherweight.edits import Edit, Fold
 from featherweight.errors import TaskError, first_few
-from featherweight.forms import Constrained, Masked, Rounded, beneath, constraints_on
+from featherweight.forms import Masked, Rounded
 from featherweight.forms.grid import Gridded
-from featherweight.graph import ModelGraph, factor_of, turn, value_names, weight_of
+from featherweight.graph import ModelGraph, turn, value_names, weight_of
 from featherweight.graph.rules.call import arguments
 from featherweight.graph.trace import attribute
 from featherweight.layers import PerLayer
@@ -33,17 +33,17 @@ from featherweight.quantize.activations import (
     leave,
     norms_of,
     observe,
+    on_weight,
     quantized,
     round_biases,
     scales_read,
     seen_edges,
+    told_apart,
 )
 from featherweight.quantize.placement import outputs_axis, place
 from featherweight.score import class_dimension, logits_of
 from featherweight.study import Study
 from featherweight.task import Task
-
-TURNED = "its factor became negative in training, and the lowest value of a grid has no opposite"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class QAT(Activations):
                 f"afterwards: {', '.join(early)}"
             )
         # The lowest value of a grid has no opposite, should a batch norm turn its sign.
-        turn(graph, [name for name in norms if all(isinstance(c, Masked) for c in _on_weight(graph, name))])
+        turn(graph, [name for name in norms if all(isinstance(c, Masked) for c in on_weight(graph, name))])
         placement = place(graph, self.runtime(), self.refused, norms)
         observers = observe(study, placement, self.samples, self.ranges)
         edges, unseen = seen_edges(placement, observers)
@@ -111,10 +111,10 @@ class QAT(Activations):
         study.notes.append(made.describe())
         yield from self.weights(study, placement, scales_read(graph, placement))
         self._train(study, graph)
-        left = {name: f"a batch norm that stays: {TURNED}" for name in norms if _turns_too_low(graph, name)}
-        yield from leave(left)
-        if folded := [name for name in norms if name not in left]:
-            yield Fold(tuple(folded))
+        exact, turned = told_apart(graph, norms)
+        yield from leave(turned)
+        if exact:
+            yield Fold(tuple(exact))
         round_biases(graph, placement)
 
     def _scaled_by(self, graph: ModelGraph, norm: str) -> bool:
@@ -156,21 +156,6 @@ class QAT(Activations):
                 f"training left values that are NaN or infinite, or steps of grids that are 0, in {first_few(bad)}: "
                 "lower its learning rate"
             )
-
-
-def _on_weight(graph: ModelGraph, norm: str) -> list[Constrained]:
-    """What the weight in front of a batch norm is confined to."""
-    path, _, leaf = factor_of(graph, norm)[0].rpartition(".")
-    return constraints_on(graph.get_submodule(path), leaf)
-
-
-def _turns_too_low(graph: ModelGraph, norm: str) -> bool:
-    """Whether training has left a batch norm a negative factor where a weight has the lowest value of its grid."""
-    name, factor, spread = factor_of(graph, norm)
-    path, _, leaf = name.rpartition(".")
-    values = beneath(graph.get_submodule(path), leaf)
-    grids = [made for made in _on_weight(graph, norm) if isinstance(made, Gridded)]
-    return any(without_opposites(made, values, spread(factor) < 0) for made in grids)
 
 
 class Pupil(nn.Module):

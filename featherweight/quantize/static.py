@@ -29,6 +29,7 @@ from featherweight.quantize.activations import (
     round_biases,
     scales_read,
     seen_edges,
+    told_apart,
 )
 from featherweight.quantize.placement import place
 from featherweight.study import Study
@@ -72,6 +73,8 @@ class Static(Activations):
     def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
         """Fold, place, watch, round."""
         able, norms_left = norms_of(graph)
+        able, turned = told_apart(graph, able) if self.fold else (able, {})
+        norms_left |= turned
         if able and self.fold:
             before = copy.deepcopy(graph)
             yield Fold(tuple(able))
@@ -102,6 +105,8 @@ class Static(Activations):
         graph = study.model
         assert isinstance(graph, ModelGraph)
         able, norms_left = norms_of(graph)
+        able, turned = told_apart(graph, able) if self.fold else (able, {})
+        norms_left |= turned
         if able and self.fold:
             Fold(tuple(able)).apply(graph)
         placement = place(graph, self.runtime(), self.refused)
