@@ -7,7 +7,6 @@ everything else to the last bit. `docs/format.md` says how; files of version 1, 
 from __future__ import annotations
 
 import base64
-import copy
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from featherweight import edits as editing
-from featherweight.batch import describe
+from featherweight.batch import copied, describe
 from featherweight.code import tensors
 from featherweight.code.container import DTYPES, MAGIC, Entry, File, Writer
 from featherweight.code.numbers import Reader
@@ -80,7 +79,7 @@ def save(
         hint = did_you_mean(str(coding), tensors.CODINGS)
         raise ArtifactError(f"coding is {coding!r}: it is one of {', '.join(tensors.CODINGS)}{hint}")
     if fold:
-        model = copy.deepcopy(model)
+        model = copied(model)
         fold_batch_norms(model)
     state = model.state_dict()
     _check(state)

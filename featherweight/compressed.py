@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from featherweight import artifact
-from featherweight.batch import Inputs, as_inputs, sketch, sketched
+from featherweight.batch import Inputs, as_inputs, copied, sketch, sketched
 from featherweight.code.tensors import Coding
 from featherweight.cost.latency import measure, torch_run
 from featherweight.edits import Edit
@@ -227,7 +226,7 @@ def load(path: str | os.PathLike[str], into: nn.Module, *, dense: bool = False) 
     Raises:
         ArtifactError: the file is missing, foreign, newer, truncated or damaged, or is another model's.
     """
-    model, edits, ledger, example = artifact.load(path, copy.deepcopy(into), dense)
+    model, edits, ledger, example = artifact.load(path, copied(into), dense)
     return Compressed(model.eval(), edits, ledger, sketched(example))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import datetime
 import hashlib
@@ -27,6 +26,7 @@ from torch import nn
 
 from featherweight import artifact
 from featherweight.artifact import load as load_artifact
+from featherweight.batch import copied
 from featherweight.compressed import Compressed
 from featherweight.cost.count import Profile, profile
 from featherweight.edits import Edit, Leave, Replace
@@ -276,7 +276,7 @@ class _Run:
     def __init__(
         self, recipe: Recipe, model: nn.Module, task: Task, seed: int, folder: str | os.PathLike[str] | None
     ) -> None:
-        self.model = copy.deepcopy(model).eval()
+        self.model = copied(model).eval()
         self.recipe, self.original, self.task, self.seed = recipe, model, task, seed
         self.folder = None if folder is None else Path(folder)
         self.edits: list[Edit] = []
@@ -303,7 +303,7 @@ class _Run:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             store = str(self.folder / "evaluations.sqlite")
-        reference = copy.deepcopy(self.model)
+        reference = copied(self.model)
         study = Study(self.model, reference, self.task, self.scorer, self.start, self.seed, store, given=self.original)
         study.made, study.beside = tuple(self.edits), beside
         study.__dict__["profile"] = self.profile
@@ -404,7 +404,7 @@ class _Run:
             state = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
             finished = min(int(state["steps"]), len(self.recipe.steps))
             if state["identity"] == self._identity(finished):
-                kept = load_artifact(self.folder / f"step-{finished}.fw", copy.deepcopy(self.model))
+                kept = load_artifact(self.folder / f"step-{finished}.fw", copied(self.model))
                 self.model, self.edits, self.ledger, _ = kept
                 self.profile = profile(self.model, self.task.inputs())
                 return self.ledger.after.score

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from featherweight.batch import Inputs, mode
+from featherweight.batch import Inputs, copied, mode
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
 from featherweight.cost.latency import Latency
@@ -66,7 +65,7 @@ class Study:
 
     def again(self) -> Study:
         """A study of the model as it has become, for a step that works in rounds; notes and findings go on."""
-        reference = copy.deepcopy(self.model)
+        reference = copied(self.model)
         return replace(self, original=reference, worked_out={})
 
     @cached_property

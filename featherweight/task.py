@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import inspect
@@ -18,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from featherweight.batch import Inputs, as_inputs, describe, dtype_of, mode, tensors_in
+from featherweight.batch import Inputs, as_inputs, copied, describe, dtype_of, mode, tensors_in
 from featherweight.errors import TaskError, did_you_mean, first_few
 
 Loss = str | Callable[[Any, Any], Tensor]
@@ -328,7 +327,7 @@ def working_copy(model: nn.Module) -> nn.Module:
         TaskError: it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as error:  # whatever a user's module does when it is copied
         raise TaskError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and the "

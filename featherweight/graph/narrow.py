@@ -7,7 +7,6 @@ model's place, for models that have sizes written into their code.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from featherweight import batch
-from featherweight.batch import Inputs
+from featherweight.batch import Inputs, copied
 from featherweight.errors import ArtifactError
 from featherweight.graph import rewrite, verify
 from featherweight.graph.coupling import Coupling, couple
@@ -142,7 +141,7 @@ class Narrowing:
             GraphError: the narrowing does not fit the model.
         """
         if isinstance(model, AveragedModel) and {name for name, _ in _registered(model)}.isdisjoint(self.tensors):
-            averaged = copy.deepcopy(model)
+            averaged = copied(model)
             averaged.module = self.apply(model.module, inputs)
             return averaged
         if self.form == "module":
@@ -359,7 +358,7 @@ def _registered(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _module_form(model: nn.Module, plan: Narrowing) -> nn.Module:
     """A copy of the model with narrowed parameters, buffers and attributes."""
-    module = copy.deepcopy(model)
+    module = copied(model)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     named: dict[str, Tensor] = {}
     for path, part in module.named_modules():

@@ -7,7 +7,6 @@ network does.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -191,7 +190,7 @@ def random_like(inputs: Inputs, seed: int, *, dynamic: bool, double: bool) -> In
 def in_double(module: nn.Module) -> nn.Module:
     """A copy of a module in float64; of a captured graph, the types written in it too."""
     with quiet():
-        made = copy.deepcopy(module).double()
+        made = batch.copied(module).double()
     for tensor in (*made.parameters(), *made.buffers()):
         tensor.data = tensor.data.to(widened(tensor.dtype))  # the complex ones, which `double` leaves alone
     if isinstance(made, fx.GraphModule):

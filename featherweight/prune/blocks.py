@@ -7,7 +7,6 @@ on calibration data, measured, and measured again in the light of what has gone 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from featherweight.batch import mode
+from featherweight.batch import copied, mode
 from featherweight.cost.count import Profile, profile
 from featherweight.edits import Edit, Leave, Replace
 from featherweight.errors import BudgetError
@@ -269,7 +268,7 @@ def removable(model: nn.Module, task: Task, ignore: tuple[str, ...] = ()) -> tup
 
 def made(model: nn.Module, removed: Mapping[str, Removed]) -> nn.Module:
     """A copy of a model without some of its modules."""
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     for name, form in removed.items():
         trial = Replace(name, form, {}).apply(trial)
     return trial

@@ -10,7 +10,6 @@ With training this reaches furthest, and needs nothing but the weights. Without,
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from featherweight.batch import mode
+from featherweight.batch import copied, mode
 from featherweight.curvature import sweeps
 from featherweight.curvature.gram import Statistics
 from featherweight.edits import Edit, Leave, remade
@@ -155,12 +154,12 @@ class Magnitude(Unstructured):
 
     def _in_rounds(self, study: Study, bench: Bench, plan: Plan) -> tuple[nn.Module, dict[str, Constraint]]:
         """The model after the last round that was good enough, and what its layers are then."""
-        model, reached = copy.deepcopy(study.model), dict[str, Constraint]()
+        model, reached = copied(study.model), dict[str, Constraint]()
         best = model, reached
         epochs = self.epochs / self.rounds if self.schedule == "gradual" else self.epochs
         for done in range(1, self.rounds + 1):
             share = schedules.cubic(done, final=1.0, end=self.rounds)
-            model, reached = copy.deepcopy(model), {}
+            model, reached = copied(model), {}
             for name, form in plan.layers.items():
                 layer = cast(Layer, layer_at(model, name))
                 reached[name] = now = self._part_of(cast(Constraint, form), bench.layers[name], share)
@@ -202,7 +201,7 @@ def _write_gradients(study: Study, layers: Mapping[str, Layer], samples: int) ->
 
     The loss is the divergence from the model's own answers, as the curvature's is: no labels are needed.
     """
-    model = copy.deepcopy(study.original)
+    model = copied(study.original)
     weights = {name: beneath(cast(Layer, layer_at(model, name))).requires_grad_() for name in layers}
     squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     generator, count = torch.Generator().manual_seed(study.seed), 0

@@ -10,7 +10,6 @@ For fine-tuning on another task than the weights were trained for, where their s
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from featherweight.batch import copied
 from featherweight.edits import Edit, Leave, remade
 from featherweight.errors import RecipeError
 from featherweight.forms import Mask, Masked, beneath, is_layer, layer_at, place
@@ -73,7 +73,7 @@ class Movement(Step):
         yield from (Leave(name, reason) for name, reason in left.items())
         if not layers:
             return
-        model = copy.deepcopy(study.model)
+        model = copied(study.model)
         moving = {name: _put_scores(*_place(model, name)) for name in layers}
         for done in range(self.rounds):
             share = schedules.cubic(done, final=self.sparsity, end=self.rounds - 1)

@@ -11,7 +11,6 @@ arxiv.org/abs/2208.11580 (the second-order removal that is the default).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from featherweight.batch import mode
+from featherweight.batch import copied, mode
 from featherweight.constant import moved, norms_behind
 from featherweight.cost.cost import Cost
 from featherweight.cost.count import Profile, profile
@@ -204,7 +203,9 @@ class Structured(Step):
             if not self.budget.costs() and self.budget.latency is None:
                 found.append("the budget has no cost: give macs, params or bytes beside the drop")
             if unknown := [metric for metric in self.budget.costs() if metric not in METRICS]:
-                found.append(f"{unknown[0]} is no cost to choose widths by: use {', '.join(METRICS)} or latency")
+                found.append(
+                    f"{unknown[0]} is no cost that widths can be chosen by: use {', '.join(METRICS)} or latency"
+                )
         for value in self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio]:
             if value is not None and not 0 <= value < 1:
                 found.append(f"ratio is {value}: it is the share of units to remove, from 0 up to but not 1")
@@ -333,7 +334,7 @@ class Structured(Step):
                 yield edit
                 step._heal(now, work, study.model, kept)
             else:
-                trial = edit.apply(copy.deepcopy(study.model))
+                trial = edit.apply(copied(study.model))
                 step._heal(now, work, trial, kept)
                 lost = study.original_score - study.scorer(trial)
                 if lost > self.budget.drop:
@@ -844,7 +845,7 @@ class _Work:
     def by_gradient(self) -> dict[str, Tensor]:
         """Scores by gradients of the divergence: Taylor's per batch, the others per sample; means over all."""
         study, kind = self.study, self.step.ranked_by
-        model = copy.deepcopy(study.original).requires_grad_(True)
+        model = copied(study.original).requires_grad_(True)
         tensors = self.coupling.analysis.trace.tensors
         weights = {n: p for n, p in model.named_parameters() if n in tensors}
         sites = {g.name: [s for s in telling(self.coupling, g) if s.tensor in weights] for g in self.groups}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -739,7 +741,10 @@ def test_a_budget_is_refused_where_there_is_nothing_to_remove(build, step, said)
         ({"ratio": 0.5, "penalty": "slimming"}, "penalty needs Task(train=...)"),
         ({"ratio": 0.5, "penalty": "slimming", "penalty_weight": 0.0}, "penalty_weight and penalty_epochs must be"),
         ({"budget": fw.Budget(drop=0.1)}, "is no limit that widths can be chosen by"),
-        ({"budget": fw.Budget(energy=0.5)}, "energy is no cost that widths can be chosen by: use macs, params, bytes"),
+        (
+            {"budget": fw.Budget(energy=0.5)},
+            "energy is no cost that widths can be chosen by: use macs, params, bytes or",
+        ),
         ({"ratio": 1.0}, "ratio is 1.0: it is the share of units to remove, from 0 up to but not 1"),
         ({"ratio": {"one *": -0.5}}, "ratio is -0.5"),
         ({"ratio": 0.5, "score": "l3"}, "score is 'l3': use loss, lasso, l1"),
@@ -1345,3 +1350,32 @@ def test_channels_that_are_read_in_pairs_are_ranked_without_statistics_of_reader
     assert sizes(compressed)["one"] == 6
     assert compressed.model.head.weight.shape == (5, 36)
     assert "ranked by l2, as there are no statistics of what reads them: one channels" in notes(compressed)
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "geometric"])
+@pytest.mark.parametrize("rounds", [1, 3, 20])
+def test_a_ratio_is_met_in_any_number_of_rounds(rounds: int, schedule: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    step = prune.Channels(ratio=0.5, score="l2", reconstruct=False, rounds=rounds, schedule=schedule)
+    small = fw.compress(model, step, task=fw.Task(torch.randn(4, 8)))
+    widths = [layer.out_features for layer in small.model if isinstance(layer, nn.Linear)]
+    assert widths == [8, 4, 3]
+    notes = small.ledger.steps[0].notes
+    assert len(set(notes)) == len(notes)
+    assert all(note.startswith("round ") for note in notes if rounds > 1)
+
+
+@pytest.mark.parametrize("settings", [{"rounds": 2, "epochs": 1}, {"penalty": "group_lasso"}], ids=str)
+def test_the_older_weight_norm_is_copied_whatever_was_run_before(settings: dict[str, Any]):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch has a newer one
+        convs = [nn.utils.weight_norm(nn.Conv2d(*width, 3)) for width in ((3, 8), (8, 8))]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model, x = nn.Sequential(convs[0], nn.ReLU(), convs[1], *head), torch.randn(16, 3, 8, 8)
+    model(x)  # with gradients, as in training
+    loader = [(x, torch.arange(16) % 5)]
+    task = fw.Task.from_loaders(loader, loader, lr=0.01)
+    small = fw.compress(model, prune.Channels(ratio=0.5, **settings), task=task)
+    assert small.model[0].weight_v.shape[0] == 4
