@@ -29,7 +29,7 @@ def row(step: Step, asked: float, size: int, repeats: int) -> str:
     taken = time.process_time() - begun
     (note,) = (note for note in small.ledger.steps[0].notes if note.startswith("latency"))
     mine, original = (float(number) for number in re.findall(r"([\d.]+) ms \(", note))
-    timed = len(re.findall(r" at \d", note))
+    timed = 1 + len(re.findall(r" at \d", note))
     watch = beside(network, as_inputs(example), "onnx")
     again = [one.median_ms / other.median_ms for one, other in (watch(small.model) for _ in range(repeats))]
     macs = small.ledger.after.total.macs / small.ledger.before.total.macs

@@ -204,11 +204,11 @@ def describe(value: Any) -> str:
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that holds tensors it has computed with gradients, as the older weight norm does.
 
-    Of these the copy has the values alone.
+    Of these the copy has the values alone. What is no module is copied as it is, for others to refuse.
     """
     computed = [
         value
-        for module in model.modules()
+        for module in (model.modules() if isinstance(model, nn.Module) else ())
         for value in vars(module).values()
         if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
     ]

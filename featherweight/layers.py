@@ -152,7 +152,9 @@ def _apart(model: nn.Module, ignore: Iterable[str]) -> dict[str, str]:
         elif isinstance(model, ModelGraph):
             found[name] = "an earlier step has made the network a graph, which has no layers: move this step above it"
         elif isinstance(module, nn.MultiheadAttention):
-            found[name] = f"{_IN_ATTENTION}; here a parametrization of your own is on it"
+            appended = name.rpartition(".")[2] in ("bias_k", "bias_v")
+            own = "attention appends it to keys or values, and multiplies nothing by it"
+            found[name] = own if appended else f"{_IN_ATTENTION}; here a parametrization of your own is on it"
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found[name] = _other_kind(module)
         else:

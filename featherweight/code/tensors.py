@@ -23,8 +23,9 @@ Elements = NDArray[np.unsignedinteger]
 Coding = Literal["small", "fast", "huffman"]
 CODINGS = ("small", "fast", "huffman")
 
-# The first byte of a stream, how it is written: the first five are of whole numbers, the last is byte by byte.
-TABLE, SPARSE, MIXED, HUFFMAN, SPARSE_HUFFMAN, PLANES = range(6)
+# The first byte of a stream, how it is written: the first five and the last are of whole numbers, the sixth is of
+# every type, byte by byte.
+TABLE, SPARSE, MIXED, HUFFMAN, SPARSE_HUFFMAN, PLANES, ABOVE = range(7)
 # No stream holds more values a byte, so that a small file cannot ask for much memory; shorter ones begin with bytes of
 # 255 that mean nothing.
 VALUES_PER_BYTE = 1 << 16
@@ -54,7 +55,7 @@ FEW = 3
 def encode_whole(
     values: Whole, coding: Coding = "small", kept: Flags | None = None, center: int | None = None
 ) -> bytes | None:
-    """Whole numbers as bytes, in the shortest of the ways that are tried; None where they lie too far apart.
+    """Whole numbers as bytes, in the shortest of the ways that are tried; None where they are 2³² apart or more.
 
     Args:
         values: of any shape.
@@ -64,8 +65,10 @@ def encode_whole(
     """
     coded = values.ravel() if kept is None else values[kept]
     span = int(coded.max()) - int(coded.min()) if len(coded) else 0
-    if span >= histogram.ALPHABET:
+    if span >> 32:
         return None
+    if span >= histogram.ALPHABET:
+        return _filled(_above_least(coded, coding), len(coded))
     tried = [_by_table(coded, coding == "huffman")]
     if coding == "small" and span and values.size <= MIXED_TRIED:
         rows = matrix(values.shape)
@@ -73,6 +76,27 @@ def encode_whole(
         if _worth_mixing(whole, mask, center):
             tried.append(bytes([MIXED]) + mixing.encode(whole, mask, center))
     return _filled(min(tried, key=len), len(coded))
+
+
+def _above_least(values: Whole, coding: Coding) -> bytes:
+    """Numbers that lie far apart, (n,), by how far each is above the least, byte by byte."""
+    least = int(values.min())
+    above = (values - least).astype("<u4")
+    above = above.astype("<u2") if int(above.max()) < 1 << 16 else above
+    planes = [_encode_planes(above[begin : begin + BLOCK], coding) for begin in range(0, len(above), BLOCK)]
+    return b"".join([bytes([ABOVE]), varint(zigzag(least)), bytes([above.itemsize]), *planes])
+
+
+def _from_least(data: Reader, count: int) -> Whole:
+    least, width = unzigzag(data.varint()), data.byte()
+    if width not in (2, 4):
+        raise ArtifactError("its coding makes no sense")
+    found = np.empty(count, np.int64)
+    for begin in range(0, count, BLOCK):
+        size = min(BLOCK, count - begin)
+        found[begin : begin + size] = _decode_planes(data, size, width)
+    data.end()
+    return found + least
 
 
 def _worth_mixing(values: Whole, kept: Flags | None, center: int | None) -> bool:
@@ -101,9 +125,9 @@ def decode_whole(data: Reader, shape: tuple[int, ...], kept: Flags | None = None
         rows = matrix(shape)
         mixed = mixing.decode(data, rows, None if kept is None else kept.reshape(rows))
         return mixed.reshape(shape)
-    if method not in (TABLE, SPARSE, HUFFMAN, SPARSE_HUFFMAN):
+    if method not in (TABLE, SPARSE, HUFFMAN, SPARSE_HUFFMAN, ABOVE):
         raise ArtifactError(f"its numbers are written in a way that this version does not know ({method})")
-    found = _from_table(data, method, count)
+    found = _from_least(data, count) if method == ABOVE else _from_table(data, method, count)
     if kept is None:
         return found.reshape(shape)
     placed = np.zeros(shape, np.int64)

@@ -198,9 +198,14 @@ class Activations(Step):
         assert isinstance(graph, ModelGraph)
         left = dict(placement.left)
         known = set(value_names(graph).values())
+        read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
         for name in layer_names(study.original, inside=True):
-            if name not in known and name not in left:
-                left[name] = "ignored, as asked" if matches(name, self.ignore) else "the example never calls it"
+            if matches(name, self.ignore) and name not in known:
+                left.setdefault(name, "ignored, as asked")
+            elif name not in known:
+                parts = bool({name, f"{name}.weight"} & read)
+                why = "no operation takes it as it is: it is read in parts, or computed with first"
+                left.setdefault(name, why if parts else "the example never calls it")
         return left
 
     def rounding(self, edge: Edge, bits: int, seen: Observer, symmetric: bool | None = None) -> Rounding:

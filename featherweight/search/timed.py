@@ -171,13 +171,14 @@ def told(budget: Budget, timed: tuple[Timed, ...]) -> str:
     threads = torch.get_num_threads()
     said = (
         f"latency in {budget.runtime} on {threads} thread{'s' if threads > 1 else ''}, medians and quartiles: "
-        f"{_shown(kept.taken)} at {kept.share:.3f} of the MACs, in turn with {_shown(kept.original)} of the original; "
+        f"{_shown(kept.taken)} where {kept.share:.3f} of the MACs were planned for, "
+        f"in turn with {_shown(kept.original)} of the original; "
         f"at most {budget.milliseconds(kept.original.median_ms):.4g} ms were asked for"
     )
     if max(each.upper_ms / each.median_ms for t in timed for each in (t.taken, t.original)) > SCATTERED:
         said += "; times were scattered, as where other work runs beside: measure again on a quiet machine"
     rest = [f"{t.taken.median_ms / t.original.median_ms:.3f} at {t.share:.3f}" for t in others]
-    return f"{said}. Of the original's latency took, by share of the MACs: {', '.join(rest)}" if rest else said
+    return f"{said}. Of the original's latency took, by the share planned for: {', '.join(rest)}" if rest else said
 
 
 def _shown(latency: Latency) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,22 @@ def test_surroundings_are_used_where_they_tell_something():
     assert fast is not None
     assert len(small) < 0.8 * len(fast)
     assert (tensors.decode_whole(Reader(small), columns.shape) == columns).all()
+
+
+@given(
+    numbers=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=2, max_size=40),
+    apart=st.sampled_from([4096, 65535, 65536, 2**31]),
+    coding=st.sampled_from(tensors.CODINGS),
+)
+def test_whole_numbers_that_lie_far_apart_come_back(numbers: list[int], apart: int, coding: Any):
+    values = np.array([n % apart for n in numbers] + [0, apart]) - apart // 2
+    written = tensors.encode_whole(values, coding)
+    assert written is not None
+    assert np.array_equal(tensors.decode_whole(Reader(written), values.shape), values)
+
+
+def test_codes_of_16_bits_take_two_bytes_each():
+    codes = np.random.default_rng(0).integers(-(2**15), 2**15, 20_000)
+    written = tensors.encode_whole(codes)
+    assert written is not None
+    assert len(written) <= 2 * len(codes) + 16
