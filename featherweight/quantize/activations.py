@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from featherweight.batch import mode, sketch, tensors_in
 from featherweight.curvature.lockstep import Lockstep
 from featherweight.edits import Capture, Constrain, Edit, Leave, Quantize, as_graph
-from featherweight.errors import EditError, FeatherweightError
+from featherweight.errors import EditError, FeatherweightError, TaskError
 from featherweight.forms import Constrained, Grid, Rounded, Rounding, beneath, constraints_on, parametrized
 from featherweight.forms.grid import WIDTHS, Gridded, least_error, min_max, short
 from featherweight.graph import ModelGraph, factor_of, foldable, put_on_edges, value_names, weight_of
@@ -316,7 +316,17 @@ def observe(study: Study, placement: Placement, samples: int, ranges: PerLayer[s
     total = 0
     with torch.no_grad(), mode(graph, training=False):
         for inputs in track(study.task.batches(graph, samples), "watching activations"):
-            inputs.into(graph)
+            try:
+                inputs.into(graph)
+            except RuntimeError as error:
+                example = study.task.inputs()
+                if [t.shape for t in inputs.tensors()] == [t.shape for t in example.tensors()]:
+                    raise
+                raise TaskError(
+                    f"the network was captured as a graph with {example}, and its graph does not take a calibration "
+                    f"batch of {inputs}: lengths that its code fixes, as all but the first may be, have to be the same "
+                    "in both"
+                ) from error
             total += inputs.batch_size
     if not study.task.has_calibration:
         study.notes.append("the ranges are those of the example: give calibration data")

@@ -873,3 +873,17 @@ def test_a_folded_trained_network_answers_as_while_it_was_trained(bits: int, dec
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert noise_db(run(small.model, x), run(held["model"], x)) > decibels
+
+
+def test_batches_that_the_graph_does_not_take_are_said_with_their_lengths():
+    class PositionsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    x = torch.randn(6, 16, 8)
+    with pytest.raises(TaskError, match=r"with float32\[6, 4, 8\].*batch of float32\[6, 16, 8\]: lengths"):
+        fw.compress(PositionsFirst().eval(), quantize.Static(), task=fw.Task(x[:, :4], calibration=[x], loss="mse"))
