@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import featherweight as fw
+from featherweight import quantize
 from featherweight.batch import as_inputs, tensors_in
 from featherweight.cost.count import profile
 from featherweight.errors import BudgetError, FeatherweightError, NoEffect
@@ -609,12 +611,23 @@ def test_what_comes_out_is_a_network_like_the_one_that_went_in(name: str) -> Non
         assert bool(torch.isfinite(parameter.grad).all())
 
 
-def test_what_pytorch_cannot_copy_is_refused_and_left_alone() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
-    with pytest.raises(FeatherweightError, match=r"cannot be copied .*weight_norm"):
+def test_what_cannot_be_copied_is_refused_and_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(FeatherweightError, match=r"cannot be copied .*lock"):
         fw.compress(model, SVD(ratio=0.5), task=fw.Task(torch.randn(1, 8)))
+
+
+def test_weights_that_a_hook_computes_are_left_alone_with_the_reason() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch has a newer weight norm
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    x = torch.randn(40, 8)
+    model(x)
+    left = fw.compress(model, SVD(ratio=0.5), task=fw.Task(x[:1])).ledger.steps[0].left
+    assert left == {"0": "it has hooks, which a replacement would lose"}
+    left = fw.compress(model, quantize.Static(), task=fw.Task(x[:1], calibration=[x])).ledger.steps[0].left
+    assert left["0"] == "no operation takes it as it is: it is read in parts, or computed with first"
 
 
 def test_an_encoder_takes_no_nested_tensors_once_a_layer_of_its_own_is_replaced() -> None:

@@ -203,7 +203,7 @@ class Activations(Step):
             if matches(name, self.ignore) and name not in known:
                 left.setdefault(name, "ignored, as asked")
             elif name not in known:
-                parts = bool({name, f"{name}.weight"} & read)
+                parts = any(tensor == name or tensor.startswith(f"{name}.") for tensor in read)
                 why = "no operation takes it as it is: it is read in parts, or computed with first"
                 left.setdefault(name, why if parts else "the example never calls it")
         return left
