@@ -213,7 +213,9 @@ class Rounding(Layerwise):
     def losses(self, layer: Layer, options: Sequence[Option], seen: Statistics | None) -> list[float]:
         of = self.known(layer, seen)
         blind = replace(of, gram=None, gradients=None) if self.data_aware is False else of
-        return [loss(of, self.fit(blind, option.form, layer.weight.shape)[0]) for option in options]
+        # Values make up for each other on the inputs that were seen; on others, where it was chance, they do not.
+        unseen = of if of.gram is None else replace(of, gram=steady(of))
+        return [loss(unseen, self.fit(blind, option.form, layer.weight.shape)[0]) for option in options]
 
     def values(self, layer: Layer, form: Form, seen: Statistics | None) -> Mapping[str, Tensor]:
         """The layer's state with rounded values, and the bias that goes with them."""

@@ -116,13 +116,12 @@ def test_masked_weights_stay_zero_and_factors_are_rounded_too():
 def test_a_budget_of_bytes_is_met_with_bits_of_each_layers_own():
     model = make(Temporal)
     task = task_of(model, 128)
-    same = fw.compress(model, quantize.GPTQ(bits=3), task=task)
-    bytes_ = same.ledger.after.total.bytes
-    mixed = fw.compress(model, quantize.GPTQ(budget=fw.Budget(bytes=bytes_ + 1)), task=task)
+    fewer, more = (fw.compress(model, quantize.GPTQ(bits=bits), task=task) for bits in (3, 4))
+    bytes_ = (fewer.ledger.after.total.bytes + more.ledger.after.total.bytes) // 2
+    mixed = fw.compress(model, quantize.GPTQ(budget=fw.Budget(bytes=bytes_)), task=task)
     assert mixed.ledger.after.total.bytes <= bytes_
     assert len({edit.constraint for edit in mixed.edits if isinstance(edit, Constrain)}) > 1
-    # Of a network of five small layers the prediction is rough; what it gains on trained ones says the benchmark.
-    assert distance(mixed.model, model) < 1.25 * distance(same.model, model)
+    assert distance(mixed.model, model) < distance(fewer.model, model)
     assert mixed.ledger.steps[0].metric == "bytes"
 
 
