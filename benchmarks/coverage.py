@@ -110,10 +110,14 @@ def masked(model: nn.Module, narrowed: nn.Module) -> nn.Module:
     """
     model, parts = copy.deepcopy(model), dict(narrowed.named_parameters())
     kept: dict[str, list[Tensor]] = {}
+    lengths: dict[str, Tensor] = {}  # of weight norms, that were changed, with the directions as they were
     for name, whole in model.named_parameters():
         if name not in parts:
             continue  # of the graph form, a parameter that nothing uses
         found = kept_of(whole, parts[name].detach())
+        if found is None and _direction_of(name) is not None:
+            lengths[name] = model.get_parameter(str(_direction_of(name))).clone()
+            continue
         if found is None and whole.ndim > 1:  # in other places in every group of a grouped convolution
             whole.copy_(_scattered(name, whole, parts[name].detach()))
             continue
@@ -130,6 +134,15 @@ def masked(model: nn.Module, narrowed: nn.Module) -> nn.Module:
                 gone[indices] = False
                 stays.index_fill_(d, gone.nonzero().flatten(), False)
         whole.mul_(stays)
+    for name, before in lengths.items():  # weights that stay are as they were, whatever the norm was over
+        direction, scale = str(_direction_of(name)), model.get_parameter(name)
+        over = [d for d in range(scale.ndim) if scale.shape[d] == 1]
+        left, first = (v.square().sum(over, keepdim=True).sqrt() for v in (model.get_parameter(direction), before))
+        scale.mul_(left / first)
+        for d in set(range(scale.ndim)) - set(over):
+            gone = torch.ones(scale.shape[d], dtype=torch.bool)
+            gone[kept[direction][d]] = False
+            scale.index_fill_(d, gone.nonzero().flatten(), 0)
     for name, module in list(model.named_modules()):
         own = [n for n, _ in module.named_parameters(recurse=False) if f"{name}.{n}" in kept]
         if "Norm" in type(module).__name__ and own and not isinstance(module, nn.modules.batchnorm._NormBase):
@@ -155,6 +168,14 @@ def _direction(model: nn.Module, name: str, dim: int) -> bool:
         if name.endswith(direction):
             return bool(model.get_parameter(name.removesuffix(direction) + scale).shape[dim] > 1)
     return False
+
+
+def _direction_of(name: str) -> str | None:
+    """The direction of a weight norm whose length is a parameter of this name."""
+    for direction, length in (("original1", "original0"), ("weight_v", "weight_g")):
+        if name.endswith(length):
+            return name.removesuffix(length) + direction
+    return None
 
 
 class _Restricted(nn.Module):
