@@ -2,9 +2,10 @@
 
 Half of the units of every group go, at random, from networks of random weights. The verdict knows nothing of how a
 network was narrowed: every weight is another number, so what was kept is found by value; the removed slices of the
-eager original are set to zero, its norms take their statistics over what was kept, and the answers must agree to 1e-9
-of the largest in float64 and to 1e-4 in float32. Torch-Pruning is judged alike (local, half of every group, L2); it is
-told which layers make the network's outputs, which it does not find out.
+eager original are set to zero, its norms take their statistics over what was kept, what stays of a weight under a
+weight norm is as it was, and the answers must agree to 1e-9 of the largest in float64 and to 1e-4 in float32.
+Torch-Pruning is judged alike (local, half of every group, L2); it is told which layers make the network's outputs,
+which it does not find out.
 
 Needs an environment of its own, beside this package (put the repository on PYTHONPATH):
 
@@ -61,6 +62,7 @@ RECORDS = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "coverag
 DOUBLE, SINGLE = 1e-9, 1e-4
 PEER_SECONDS = 30  # of CPU time; in what it handles Torch-Pruning takes a few
 PEER_SETS = ("vision", "transformers", "more", "constructs", "torchvision", "timm")
+WEIGHT_NORMS = (("original1", "original0"), ("weight_v", "weight_g"))  # how direction and length are called
 Record = dict[str, Any]
 
 # The original without what was removed -------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def _scattered(name: str, whole: Tensor, part: Tensor) -> Tensor:
 
 def _direction(model: nn.Module, name: str, dim: int) -> bool:
     """Whether a parameter is the direction of a weight norm, and its scale runs along this dimension."""
-    for direction, scale in (("original1", "original0"), ("weight_v", "weight_g")):
+    for direction, scale in WEIGHT_NORMS:
         if name.endswith(direction):
             return bool(model.get_parameter(name.removesuffix(direction) + scale).shape[dim] > 1)
     return False
@@ -172,7 +174,7 @@ def _direction(model: nn.Module, name: str, dim: int) -> bool:
 
 def _direction_of(name: str) -> str | None:
     """The direction of a weight norm whose length is a parameter of this name."""
-    for direction, length in (("original1", "original0"), ("weight_v", "weight_g")):
+    for direction, length in WEIGHT_NORMS:
         if name.endswith(length):
             return name.removesuffix(length) + direction
     return None

@@ -72,10 +72,8 @@ class Static(Activations):
 
     def rounded(self, study: Study, graph: ModelGraph) -> Iterator[Edit]:
         """Fold, place, watch, round."""
-        able, norms_left = norms_of(graph)
-        able, turned = told_apart(graph, able) if self.fold else (able, {})
-        norms_left |= turned
-        if able and self.fold:
+        able, norms_left = self._norms(graph)
+        if able:
             before = copy.deepcopy(graph)
             yield Fold(tuple(able))
             check_folded(study, before)
@@ -93,6 +91,14 @@ class Static(Activations):
             correct_biases(study, placement, before)
         round_biases(graph, placement)
 
+    def _norms(self, graph: ModelGraph) -> tuple[list[str], dict[str, str]]:
+        """Batch norms that are folded, which changes no answer; and those that stay, with the reason."""
+        able, left = norms_of(graph)
+        if not self.fold:
+            return [], left
+        exact, turned = told_apart(graph, able)
+        return exact, left | turned
+
     def each_alone(self, study: Study, widths: Sequence[int]) -> tuple[dict[str, list[Quantize]], dict[str, str]]:
         """What rounds every activation that the step would round, that one alone, to each of some widths.
 
@@ -104,10 +110,8 @@ class Static(Activations):
         """
         graph = study.model
         assert isinstance(graph, ModelGraph)
-        able, norms_left = norms_of(graph)
-        able, turned = told_apart(graph, able) if self.fold else (able, {})
-        norms_left |= turned
-        if able and self.fold:
+        able, norms_left = self._norms(graph)
+        if able:
             Fold(tuple(able)).apply(graph)
         placement = place(graph, self.runtime(), self.refused)
         observers = observe(study, placement, self.samples, self.ranges)
